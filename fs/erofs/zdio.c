@@ -760,7 +760,7 @@ static bool z_erofs_dio_overlap(const struct iov_iter *to)
 
 /* The one place which decides whether a request is served directly */
 static enum z_erofs_dio_path z_erofs_dio_path(struct kiocb *iocb,
-					      const struct iov_iter *to)
+					      struct iov_iter *to)
 {
 	struct block_device *bdev = file_inode(iocb->ki_filp)->i_sb->s_bdev;
 
