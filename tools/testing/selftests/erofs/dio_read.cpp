@@ -1,0 +1,729 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Direct reads of every file of a mounted image, compared with the files it was made from.
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cstdint>
+#include <fstream>
+#include <random>
+#include <set>
+#include <sstream>
+#include <thread>
+
+#include <CLI/CLI.hpp>
+#include <linux/stat.h>
+#include <sys/uio.h>
+
+#include "io.hpp"
+#include "ktap.hpp"
+
+namespace fs = std::filesystem;
+using std::size_t;
+using Result = std::optional<std::string>;
+
+namespace
+{
+
+constexpr size_t kPage = 4096;
+constexpr size_t kGuard = 2 * kPage;
+constexpr size_t kMiB = 1 << 20;
+constexpr size_t kArena = 40 * kMiB;
+
+struct Segment {
+	size_t at; // distance from a page boundary of the arena
+	size_t len;
+};
+
+struct Call {
+	std::string file;
+	size_t offset;
+	std::vector<Segment> segments;
+
+	size_t length() const
+	{
+		size_t sum = 0;
+		for (const auto &segment : segments)
+			sum += segment.len;
+		return sum;
+	}
+	std::string spec() const
+	{
+		std::string text = file + ',' + std::to_string(offset);
+		for (const auto &segment : segments)
+			text += ',' + std::to_string(segment.at) + '+' +
+				std::to_string(segment.len);
+		return text;
+	}
+};
+
+size_t number(std::string_view text)
+{
+	size_t value = 0;
+	const auto [end, code] = std::from_chars(text.begin(), text.end(), value);
+	if (code != std::errc() || end != text.end())
+		throw Error("--replay", 0, "a number", text);
+	return value;
+}
+
+Call parse_spec(const std::string &spec)
+{
+	std::vector<std::string> fields;
+	std::istringstream in(spec);
+	for (std::string field; std::getline(in, field, ',');)
+		fields.push_back(field);
+	if (fields.size() < 3)
+		throw Error("--replay", 0, "FILE,OFFSET,AT+LEN[,AT+LEN]...", spec);
+	Call call{fields[0], number(fields[1]), {}};
+	for (size_t i = 2; i < fields.size(); ++i) {
+		const auto plus = fields[i].find('+');
+		if (plus == std::string::npos)
+			throw Error("--replay", 0, "AT+LEN", fields[i]);
+		call.segments.push_back(
+			{number(fields[i].substr(0, plus)), number(fields[i].substr(plus + 1))});
+		if (call.segments.back().at + call.segments.back().len > kArena - 2 * kGuard)
+			throw Error("--replay", 0, "segments within the arena", fields[i]);
+	}
+	return call;
+}
+
+struct Target {
+	std::string name;
+	fs::path path;
+	Fd fd;
+	std::vector<std::byte> truth;
+	size_t block;
+	bool compressed;
+
+	size_t size() const { return truth.size(); }
+	std::span<const std::byte> expect(size_t offset, size_t length) const
+	{
+		const auto start = std::min(offset, size());
+		return std::span(truth).subspan(start, std::min(length, size() - start));
+	}
+	size_t aligned_size() const { return (size() + block - 1) / block * block; }
+};
+
+std::vector<std::byte> slurp(const fs::path &path)
+{
+	const Fd fd(path, O_RDONLY);
+	std::vector<std::byte> data(file_size(fd));
+	for (size_t done = 0; done < data.size();) {
+		const auto got = ::pread(fd, data.data() + done, data.size() - done,
+					 static_cast<off_t>(done));
+		if (got <= 0)
+			throw Error(path.string(), static_cast<off_t>(done), "data",
+				    got ? errno_text(errno) : "end of file");
+		done += static_cast<size_t>(got);
+	}
+	return data;
+}
+
+Target open_target(const fs::path &mount, const fs::path &truth, const std::string &name)
+{
+	const auto path = mount / name;
+	Fd fd(path, O_RDONLY | O_DIRECT);
+	struct statx info;
+	if (::statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &info))
+		throw Error(path.string(), 0, "statx", errno_text(errno));
+	Target target{name,
+		      path,
+		      std::move(fd),
+		      slurp(truth / name),
+		      info.stx_blksize,
+		      (info.stx_attributes & STATX_ATTR_COMPRESSED) != 0};
+	if (info.stx_size != target.size())
+		throw Error(path.string(), 0, std::to_string(target.size()) + " bytes",
+			    std::to_string(info.stx_size));
+	return target;
+}
+
+class Tester
+{
+public:
+	Tester(const fs::path &mount, const fs::path &truth, uint64_t seed)
+	    : rng_(seed), arena_(kArena), pattern_(kArena), want_(kArena)
+	{
+		std::vector<std::string> names;
+		for (const auto &entry : fs::recursive_directory_iterator(truth))
+			if (entry.is_regular_file() && !entry.is_symlink())
+				names.push_back(fs::relative(entry.path(), truth));
+		std::ranges::sort(names);
+		for (const auto &name : names)
+			targets_.push_back(open_target(mount, truth, name));
+		if (targets_.empty())
+			throw Error(truth.string(), 0, "files", "none");
+		std::mt19937_64 noise(seed);
+		for (auto &byte : pattern_)
+			byte = static_cast<std::byte>(noise());
+		std::ranges::copy(pattern_, arena_.bytes().begin());
+	}
+
+	// The whole memory around the segments is compared too: guards, gaps and unread rests.
+	void check(const Target &target, const Call &call)
+	{
+		++reads_;
+		size_t end = kGuard;
+		for (const auto &segment : call.segments)
+			end = std::max(end, kGuard + segment.at + segment.len);
+		end += kGuard;
+		const auto arena = arena_.bytes().first(end);
+		const auto want = std::span(want_).first(end);
+		std::copy_n(pattern_.begin(), end, want.begin());
+		const auto answer = read(target, call);
+		const int code = answer < 0 ? errno : 0;
+		if (code == EINVAL && !target.compressed && misaligned(target, call)) {
+			std::copy_n(pattern_.begin(), end, arena.begin());
+			return;
+		}
+		const auto data = target.expect(call.offset, call.length());
+		if (answer != static_cast<ssize_t>(data.size()))
+			fail(call, Error(target.path.string(), static_cast<off_t>(call.offset),
+					 std::to_string(data.size()) + " bytes",
+					 code ? errno_text(code) : std::to_string(answer)));
+		fill_expected(target, call, data, want, arena);
+		if (std::memcmp(arena.data(), want.data(), end))
+			explain(target, call, arena, want);
+		std::copy_n(pattern_.begin(), end, arena.begin());
+	}
+
+	Result every_offset()
+	{
+		for (const auto &target : targets_)
+			for (const auto offset : offsets(target))
+				for (const auto length : lengths(target, offset))
+					check(target, {target.name, offset, {{0, length}}});
+		return {};
+	}
+
+	Result memory_alignment()
+	{
+		for (const auto &target : targets_)
+			for (const size_t skew : {512u, 64u, 4u, 1u, 2048u, 3584u, 4092u, 4095u})
+				for (const auto &[offset, length] : ranges(target))
+					check(target, {target.name, offset, {{skew, length}}});
+		return {};
+	}
+
+	Result segments()
+	{
+		for (const auto &target : targets_)
+			for (const auto &[offset, length] : ranges(target))
+				for (const auto &layout : layouts(length))
+					check(target, {target.name, offset, layout});
+		return {};
+	}
+
+	// The last byte written to a place read twice is that of the segment listed last.
+	Result overlapping_segments()
+	{
+		const auto before = reads_;
+		for (const auto &target : targets_) {
+			// The device itself writes into the buffers of the others, in any order.
+			if (!target.compressed)
+				continue;
+			const auto block = target.block;
+			for (const auto &[at, length] :
+			     {std::pair{size_t{0}, block}, {block, 4 * block}, {512, 16 * block}})
+				check(target, {target.name, 0, {{0, length}, {at, length}}});
+		}
+		return reads_ == before ? Result("no file of this image is compressed") : Result();
+	}
+
+	Result end_of_file()
+	{
+		for (const auto &target : targets_) {
+			const auto end = target.aligned_size();
+			const std::set<size_t> offsets{end,
+						       end + target.block,
+						       end + 16 * kMiB,
+						       target.size(),
+						       target.size() + 1,
+						       end - std::min(end, target.block),
+						       end - std::min(end, 5 * target.block)};
+			for (const auto offset : offsets)
+				for (const size_t length : {target.block, size_t{512}, size_t{1},
+							    3 * target.block, kMiB, 8 * kMiB})
+					check(target, {target.name, offset, {{0, length}}});
+		}
+		return {};
+	}
+
+	Result whole_files_in_order()
+	{
+		for (const auto &target : targets_) {
+			const Fd fd(target.path, O_RDONLY | O_DIRECT);
+			size_t done = 0;
+			for (ssize_t got; (got = ::read(fd, aligned(), kMiB)) != 0;
+			     done += static_cast<size_t>(got)) {
+				++reads_;
+				// behind an unaligned end a plain file may refuse
+				if (got < 0 && errno == EINVAL && !target.compressed &&
+				    done % target.block)
+					break;
+				if (got < 0)
+					throw Error(target.path.string(), static_cast<off_t>(done),
+						    "data", errno_text(errno));
+				expect_bytes(target, done, aligned(), static_cast<size_t>(got));
+			}
+			expect_value(target, "bytes in all", target.size(), done);
+			expect_value(target, "file position", target.size(),
+				     static_cast<size_t>(::lseek(fd, 0, SEEK_CUR)));
+			[[maybe_unused]] const auto ignored =
+				::pread(fd, aligned(), target.block, 0);
+			expect_value(target, "file position after pread", target.size(),
+				     static_cast<size_t>(::lseek(fd, 0, SEEK_CUR)));
+		}
+		return {};
+	}
+
+	Result empty_reads()
+	{
+		for (const auto &target : targets_) {
+			const auto end = target.aligned_size() + target.block;
+			for (const size_t offset : {size_t{0}, size_t{1}, target.size(), end})
+				check(target, {target.name, offset, {}});
+			check(target, {target.name, 0, {{0, 0}, {512, 0}}});
+			check(target, {target.name, 1, {{1, 0}}});
+		}
+		return {};
+	}
+
+	Result bad_addresses()
+	{
+		const Mapping none(4 * kMiB, PROT_NONE);
+		const Mapping constant(4 * kMiB, PROT_READ);
+		for (const auto &target : targets_) {
+			if (!target.size())
+				continue;
+			for (const size_t length : {target.block, 4 * target.block, 4 * kMiB}) {
+				expect_fault(target, none.bytes().first(length));
+				expect_fault(target, constant.bytes().first(length));
+			}
+			expect_prefix(target, target.block, target.block);
+			expect_prefix(target, kMiB, kMiB);
+			expect_prefix(target, kPage, 2 * kMiB);
+		}
+		if (std::ranges::any_of(constant.bytes(),
+					[](auto byte) { return byte != std::byte{}; }))
+			throw Error("read-only memory", 0, "zeros", "something else");
+		return {};
+	}
+
+	// What the page holds is the reader's own fault; the rest of the world must not notice.
+	Result same_page_twice()
+	{
+		const Fd memory(::memfd_create("page", MFD_CLOEXEC), "memfd");
+		if (::ftruncate(memory, 3 * kPage))
+			throw Error("memfd", 0, "ftruncate", errno_text(errno));
+		const Mapping first(3 * kPage, PROT_READ | PROT_WRITE, MAP_SHARED, memory);
+		const Mapping second(3 * kPage, PROT_READ | PROT_WRITE, MAP_SHARED, memory);
+		for (const auto &target : targets_) {
+			std::copy_n(pattern_.begin(), 3 * kPage, first.bytes().begin());
+			std::array<iovec, 4> parts;
+			for (size_t i = 0; i < parts.size(); ++i)
+				parts[i] = {(i % 2 ? first : second).bytes().data() + kPage, kPage};
+			++reads_;
+			const auto got = ::preadv(target.fd, parts.data(), parts.size(), 0);
+			const auto size = target.expect(0, parts.size() * kPage).size();
+			expect_value(target, "bytes", size, static_cast<size_t>(got));
+			if (std::memcmp(first.bytes().data(), pattern_.data(), kPage) ||
+			    std::memcmp(first.bytes().data() + 2 * kPage,
+					pattern_.data() + 2 * kPage, kPage))
+				throw Error(target.path.string(), 0, "untouched neighbour pages",
+					    "changed ones");
+			check(target, {target.name, 0, {{0, 4 * kPage}}});
+			check_buffered(target, 0, 4 * kPage);
+		}
+		return {};
+	}
+
+	Result racing_writer()
+	{
+		const auto &target = biggest();
+		const auto length = std::min(kMiB, target.aligned_size());
+		for (size_t offset = 0; offset < std::min(target.size(), 8 * kMiB);
+		     offset += kMiB) {
+			{
+				const std::jthread writer([this,
+							   length](const std::stop_token &stop) {
+					volatile std::byte *bytes = aligned();
+					for (size_t i = 0; !stop.stop_requested(); i += 61)
+						bytes[i % length] = static_cast<std::byte>(i);
+				});
+				for (int i = 0; i < 16; ++i)
+					if (::pread(target.fd, aligned(), length,
+						    static_cast<off_t>(offset)) < 0)
+						throw Error(target.path.string(),
+							    static_cast<off_t>(offset), "data",
+							    errno_text(errno));
+				reads_ += 16;
+			}
+			refill();
+			check(target, {target.name, offset, {{0, length}}});
+			check_buffered(target, offset, length);
+		}
+		return {};
+	}
+
+	Result nothing_cached()
+	{
+		for (const auto &target : targets_) {
+			expect_value(target, "cached pages before", 0, cached_pages(target.fd));
+			for (size_t offset = 0; offset < target.size(); offset += kMiB)
+				check(target, {target.name, offset, {{0, kMiB}}});
+			check(target, {target.name, 0, {{0, target.block}}});
+			expect_value(target, "cached pages after", 0, cached_pages(target.fd));
+		}
+		return {};
+	}
+
+	Result random_calls(size_t count)
+	{
+		for (size_t i = 0; i < count; ++i) {
+			// Half of the reads go to the file that has the most to get wrong.
+			const auto &target = pick(2) ? biggest() : targets_[pick(targets_.size())];
+			check(target, random_call(target));
+		}
+		return {};
+	}
+
+	Result pins_released()
+	{
+		std::ofstream("/proc/sys/vm/stat_refresh") << 1 << std::flush;
+		std::ifstream in("/proc/vmstat");
+		long acquired = -1, released = -1, value = 0;
+		for (std::string name; in >> name >> value;) {
+			if (name == "nr_foll_pin_acquired")
+				acquired = value;
+			else if (name == "nr_foll_pin_released")
+				released = value;
+		}
+		if (acquired < 0 || released < 0)
+			return "/proc/vmstat does not count pins";
+		if (!acquired)
+			throw Error("nr_foll_pin_acquired", 0, "pinned pages", "none");
+		if (acquired != released)
+			throw Error("nr_foll_pin_released", 0, std::to_string(acquired),
+				    std::to_string(released));
+		return {};
+	}
+
+	void replay(const Call &call)
+	{
+		const auto found = std::ranges::find(targets_, call.file, &Target::name);
+		if (found == targets_.end())
+			throw Error("--replay", 0, "a file of the image", call.file);
+		check(*found, call);
+	}
+
+	void refill() { std::ranges::copy(pattern_, arena_.bytes().begin()); }
+
+	size_t reads() const { return reads_; }
+
+private:
+	std::byte *aligned() const { return arena_.bytes().data() + kGuard; }
+	size_t pick(size_t below)
+	{
+		return std::uniform_int_distribution<size_t>(0, below - 1)(rng_);
+	}
+
+	const Target &biggest() const
+	{
+		return *std::ranges::max_element(targets_, {}, &Target::size);
+	}
+
+	[[noreturn]] static void fail(const Call &call, const Error &error)
+	{
+		throw std::runtime_error(std::string(error.what()) + "; dio_read --replay '" +
+					 call.spec() + "'");
+	}
+
+	ssize_t read(const Target &target, const Call &call) const
+	{
+		std::vector<iovec> parts;
+		for (const auto &segment : call.segments)
+			parts.push_back({aligned() + segment.at, segment.len});
+		return ::preadv(target.fd, parts.data(), static_cast<int>(parts.size()),
+				static_cast<off_t>(call.offset));
+	}
+
+	static bool misaligned(const Target &target, const Call &call)
+	{
+		auto bits = call.offset | call.length();
+		for (const auto &segment : call.segments)
+			bits |= segment.at | segment.len;
+		return bits % target.block;
+	}
+
+	// An uncompressed file gets whole blocks from the device: behind its end the last one may
+	// show.
+	static void fill_expected(const Target &target, const Call &call,
+				  std::span<const std::byte> data, std::span<std::byte> want,
+				  std::span<const std::byte> arena)
+	{
+		for (const auto &segment : call.segments) {
+			const auto part = data.first(std::min(segment.len, data.size()));
+			const auto place = want.subspan(kGuard + segment.at, segment.len);
+			std::ranges::copy(part, place.begin());
+			data = data.subspan(part.size());
+			if (!target.compressed)
+				std::copy_n(arena.begin() +
+						    static_cast<ptrdiff_t>(kGuard + segment.at +
+									   part.size()),
+					    segment.len - part.size(),
+					    place.begin() + static_cast<ptrdiff_t>(part.size()));
+		}
+	}
+
+	[[noreturn]] static void explain(const Target &target, const Call &call,
+					 std::span<const std::byte> arena,
+					 std::span<const std::byte> want)
+	{
+		const auto index =
+			static_cast<size_t>(std::ranges::mismatch(arena, want).in1 - arena.begin());
+		const auto got = std::to_string(std::to_integer<int>(arena[index]));
+		const auto expected = "byte " + std::to_string(std::to_integer<int>(want[index]));
+		size_t position = call.offset;
+		for (const auto &segment : call.segments) {
+			const auto start = kGuard + segment.at;
+			if (index >= start && index < start + segment.len)
+				fail(call, Error(target.path.string(),
+						 static_cast<off_t>(position + index - start),
+						 expected, got));
+			position += segment.len;
+		}
+		fail(call,
+		     Error(target.path.string() + ": outside the buffer",
+			   static_cast<off_t>(index) - static_cast<off_t>(kGuard), expected, got));
+	}
+
+	static void expect_value(const Target &target, std::string_view what, size_t expected,
+				 size_t got)
+	{
+		if (got != expected)
+			throw Error(target.path.string(), 0,
+				    std::string(what) + " " + std::to_string(expected),
+				    std::to_string(static_cast<ssize_t>(got)));
+	}
+
+	static void expect_bytes(const Target &target, size_t offset, const std::byte *bytes,
+				 size_t count)
+	{
+		const auto want = target.expect(offset, count);
+		if (want.size() != count || std::memcmp(bytes, want.data(), count))
+			throw Error(target.path.string(), static_cast<off_t>(offset),
+				    "the bytes of the truth", "other bytes");
+	}
+
+	static void check_buffered(const Target &target, size_t offset, size_t length)
+	{
+		const Fd fd(target.path, O_RDONLY);
+		std::vector<std::byte> bytes(target.expect(offset, length).size());
+		const auto got =
+			::pread(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+		expect_value(target, "buffered bytes", bytes.size(), static_cast<size_t>(got));
+		expect_bytes(target, offset, bytes.data(), bytes.size());
+	}
+
+	void expect_fault(const Target &target, std::span<std::byte> memory)
+	{
+		++reads_;
+		const auto got = ::pread(target.fd, memory.data(), memory.size(), 0);
+		if (got >= 0 || errno != EFAULT)
+			throw Error(target.path.string(), 0,
+				    "EFAULT into memory that is not writable",
+				    got < 0 ? errno_text(errno) : std::to_string(got) + " bytes");
+	}
+
+	// The buffer becomes invalid after `writable` bytes: fewer bytes, or an error, never wrong
+	// ones.
+	void expect_prefix(const Target &target, size_t writable, size_t missing)
+	{
+		const auto rounded = (writable + kPage - 1) / kPage * kPage;
+		const Mapping memory(kPage + rounded + missing);
+		const auto bytes = memory.bytes();
+		::mprotect(bytes.data() + kPage + rounded, missing, PROT_NONE);
+		std::copy_n(pattern_.begin(), kPage, bytes.begin());
+		++reads_;
+		const auto start = rounded - writable / target.block * target.block;
+		const auto got = ::pread(target.fd, bytes.data() + kPage + start,
+					 rounded - start + missing, 0);
+		if (got < 0 && errno != EFAULT)
+			throw Error(target.path.string(), 0, "EFAULT or fewer bytes",
+				    errno_text(errno));
+		if (got > static_cast<ssize_t>(rounded - start))
+			throw Error(target.path.string(), 0,
+				    "at most " + std::to_string(rounded - start) + " bytes",
+				    std::to_string(got));
+		if (got > 0)
+			expect_bytes(target, 0, bytes.data() + kPage + start,
+				     static_cast<size_t>(got));
+		if (std::memcmp(bytes.data(), pattern_.data(), kPage))
+			throw Error(target.path.string(), 0, "untouched bytes before the buffer",
+				    "changed ones");
+	}
+
+	static std::set<size_t> offsets(const Target &target)
+	{
+		const auto block = target.block;
+		const auto last = target.aligned_size();
+		std::set<size_t> all{0,
+				     block,
+				     3 * block,
+				     5 * block,
+				     target.size() / 2 / block * block,
+				     last - std::min(last, block),
+				     last - std::min(last, 2 * block),
+				     last,
+				     1,
+				     512,
+				     1152,
+				     target.size() - std::min<size_t>(target.size(), 1),
+				     target.size()};
+		for (const size_t cluster : {16384ul, 65536ul, kMiB}) {
+			for (const auto near :
+			     {cluster - block, cluster, cluster + block, cluster + 512})
+				all.insert(near);
+		}
+		std::erase_if(all, [last](size_t offset) { return offset > last; });
+		return all;
+	}
+
+	static std::set<size_t> lengths(const Target &target, size_t offset)
+	{
+		const auto block = target.block;
+		std::set<size_t> all{512, block, 3 * block, 1000, 65536, 65537, kMiB, kMiB + block};
+		const auto rest = target.aligned_size() - std::min(target.aligned_size(), offset);
+		std::erase_if(all, [rest](size_t length) { return length > rest + kMiB; });
+		// The largest ones at a few places only: they cost as much as all others together.
+		if (offset <= block || offset == 1152) {
+			all.insert(8 * kMiB);
+			all.insert(target.aligned_size() + block);
+			all.insert(target.size());
+		}
+		return all;
+	}
+
+	static std::set<std::pair<size_t, size_t>> ranges(const Target &target)
+	{
+		const auto block = target.block;
+		const auto last = target.aligned_size();
+		std::set<std::pair<size_t, size_t>> all{
+			{0, 2 * block},
+			{block, 16 * kPage},
+			{65536 - block, 5 * kPage},
+			{7 * block, 300 * kPage},
+			{last - std::min(last, 3 * block), 4 * kPage}};
+		std::erase_if(all, [last](const auto &range) { return range.first > last; });
+		return all;
+	}
+
+	static std::vector<std::vector<Segment>> layouts(size_t length)
+	{
+		const auto half = length / 2 / 512 * 512;
+		const auto rest = length - half;
+		std::vector<std::vector<Segment>> all{
+			{{0, half}, {half + 2 * kPage, rest}},
+			{{512, half}, {half + 2 * kPage + 1536, rest}},
+			{{half + 2 * kPage, rest}, {0, half}},
+			{{0, half}, {half, rest}},
+			{{kPage - 512, 512}, {2 * kPage, 0}, {3 * kPage, length - 512}},
+			{{64, half}, {half + kPage + 4, rest}},
+			{{3, 100}, {1000, 28}, {2 * kPage + 1, length - 128}}};
+		std::vector<Segment> small;
+		for (size_t i = 0; i < std::min<size_t>(length / 512, 900); ++i)
+			small.push_back({i * 1536, 512});
+		all.push_back(std::move(small));
+		return all;
+	}
+
+	Call random_call(const Target &target)
+	{
+		constexpr std::array<size_t, 6> steps{1, 4, 64, 512, kPage, 65536};
+		const auto unit = pick(4) ? target.block : steps[pick(steps.size())];
+		const auto grain = pick(2) ? kPage : steps[pick(5)];
+		Call call{target.name,
+			  pick(target.aligned_size() + 2 * target.block) / unit * unit,
+			  {}};
+		size_t at = 0;
+		for (size_t left = 1 + pick(5); left--;) {
+			const auto limit = std::min(size_t{1} << (9 + pick(13)), 4 * kMiB);
+			const auto length = (pick(limit) / unit + 1) * unit;
+			at += pick(4 * kPage) / grain * grain;
+			call.segments.push_back({at, length});
+			at += length;
+		}
+		std::ranges::shuffle(call.segments, rng_);
+		return call;
+	}
+
+	std::vector<Target> targets_;
+	std::mt19937_64 rng_;
+	Mapping arena_;
+	std::vector<std::byte> pattern_;
+	std::vector<std::byte> want_;
+	size_t reads_ = 0;
+};
+
+bool run_all(Tester &tester, const std::string &name, uint64_t seed, size_t count)
+{
+	const std::vector<std::pair<std::string_view, std::function<Result()>>> groups{
+		// first, since buffered reads may leave readahead in flight
+		{"nothing_cached", [&] { return tester.nothing_cached(); }},
+		{"every_offset", [&] { return tester.every_offset(); }},
+		{"memory_alignment", [&] { return tester.memory_alignment(); }},
+		{"segments", [&] { return tester.segments(); }},
+		{"overlapping_segments", [&] { return tester.overlapping_segments(); }},
+		{"end_of_file", [&] { return tester.end_of_file(); }},
+		{"whole_files_in_order", [&] { return tester.whole_files_in_order(); }},
+		{"empty_reads", [&] { return tester.empty_reads(); }},
+		{"bad_addresses", [&] { return tester.bad_addresses(); }},
+		{"same_page_twice", [&] { return tester.same_page_twice(); }},
+		{"racing_writer", [&] { return tester.racing_writer(); }},
+		{"random_calls", [&] { return tester.random_calls(count); }},
+		{"pins_released", [&] { return tester.pins_released(); }},
+	};
+	std::vector<ktap::Case> cases;
+	for (const auto &[group, body] : groups)
+		cases.push_back({group, [&tester, body] {
+					 // what failed before may have left anything in it
+					 tester.refill();
+					 const auto before = tester.reads();
+					 auto reason = body();
+					 ktap::line("    # " +
+						    std::to_string(tester.reads() - before) +
+						    " reads");
+					 return reason;
+				 }});
+	ktap::line("# seed " + std::to_string(seed));
+	return ktap::run(name, cases);
+}
+
+} // namespace
+
+int main(int argc, char **argv)
+{
+	CLI::App app{"Direct reads of a mounted EROFS image against the files it was made from"};
+	std::string mount, truth, name = "dio_read", spec;
+	uint64_t seed = 1;
+	size_t count = 300;
+	app.add_option("--mount", mount, "where the image is mounted")->required();
+	app.add_option("--truth", truth, "directory with the same files")->required();
+	app.add_option("--name", name, "name of the suite in the KTAP output");
+	app.add_option("--seed", seed, "seed of the random calls");
+	app.add_option("--random", count, "number of random calls");
+	app.add_option("--replay", spec, "make this one call only: FILE,OFFSET,AT+LEN[,AT+LEN]...");
+	CLI11_PARSE(app, argc, argv);
+	try {
+		Tester tester(mount, truth, seed);
+		if (spec.empty())
+			return run_all(tester, name, seed, count) ? 0 : 1;
+		tester.replay(parse_spec(spec));
+		ktap::line("the bytes are right");
+		return 0;
+	} catch (const std::exception &error) {
+		ktap::line(std::string("Bail out! ") + error.what());
+		return 1;
+	}
+}

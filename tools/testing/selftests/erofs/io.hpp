@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#pragma once
+
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+#include <filesystem>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+inline std::string errno_text(int code)
+{
+	return std::string(strerrorname_np(code)) + " (" + std::strerror(code) + ")";
+}
+
+class Error : public std::runtime_error
+{
+public:
+	Error(std::string_view file, off_t offset, std::string_view expected, std::string_view got)
+	    : std::runtime_error(std::string(file) + ": offset " + std::to_string(offset) +
+				 ": expected " + std::string(expected) + ", got " +
+				 std::string(got))
+	{
+	}
+};
+
+class Fd
+{
+public:
+	Fd(const std::filesystem::path &path, int flags)
+	    : Fd(::open(path.c_str(), flags | O_CLOEXEC), path.string())
+	{
+	}
+	Fd(int fd, std::string_view what) : fd_(fd)
+	{
+		if (fd_ < 0)
+			throw Error(what, 0, "a file descriptor", errno_text(errno));
+	}
+	Fd(Fd &&other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+	Fd &operator=(Fd &&) = delete;
+	~Fd()
+	{
+		if (fd_ >= 0)
+			::close(fd_);
+	}
+	operator int() const { return fd_; }
+
+private:
+	int fd_;
+};
+
+class Mapping
+{
+public:
+	explicit Mapping(size_t size, int prot = PROT_READ | PROT_WRITE,
+			 int flags = MAP_PRIVATE | MAP_ANONYMOUS, int fd = -1)
+	    : bytes_(static_cast<std::byte *>(::mmap(nullptr, size, prot, flags, fd, 0)), size)
+	{
+		if (bytes_.data() == MAP_FAILED)
+			throw Error("mmap", 0, std::to_string(size) + " bytes", errno_text(errno));
+	}
+	Mapping(const Mapping &) = delete;
+	Mapping &operator=(const Mapping &) = delete;
+	~Mapping() { ::munmap(bytes_.data(), bytes_.size()); }
+
+	std::span<std::byte> bytes() const { return bytes_; }
+
+private:
+	std::span<std::byte> bytes_;
+};
+
+inline size_t file_size(int fd)
+{
+	struct stat st;
+	if (::fstat(fd, &st))
+		throw Error("fstat", 0, "success", errno_text(errno));
+	return static_cast<size_t>(st.st_size);
+}
+
+inline size_t cached_pages(int fd)
+{
+	const size_t size = file_size(fd);
+	if (!size)
+		return 0;
+	const Mapping map(size, PROT_READ, MAP_SHARED, fd);
+	const size_t page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+	std::vector<unsigned char> present((size + page - 1) / page);
+	if (::mincore(map.bytes().data(), size, present.data()))
+		throw Error("mincore", 0, "success", errno_text(errno));
+	size_t count = 0;
+	for (const auto flags : present)
+		count += flags & 1;
+	return count;
+}
+
+// Unmounting waits for readahead in flight, which dropping caches would miss, and forgets the rest.
+class Mount
+{
+public:
+	Mount(const std::string &device, std::filesystem::path where) : where_(std::move(where))
+	{
+		if (::mount(device.c_str(), where_.c_str(), "erofs", MS_RDONLY, nullptr))
+			throw Error("mount of " + device, 0, "success", errno_text(errno));
+	}
+	Mount(const Mount &) = delete;
+	Mount &operator=(const Mount &) = delete;
+	~Mount() { ::umount2(where_.c_str(), 0); }
+
+private:
+	std::filesystem::path where_;
+};
