@@ -26,7 +26,8 @@ class Commit:
     diff: str
 
     def touched(self) -> list[str]:
-        return [*self.files, *(insert[0] for insert in self.inserts), *re.findall(r"^diff --git a/\S+ b/(\S+)$", self.diff, re.M)]
+        return [*self.files, *(insert[0] for insert in self.inserts),
+                *re.findall(r"^diff --git a/\S+ b/(\S+)$", self.diff, re.M)]
 
 
 def _parts(path: Path) -> tuple[dict[str, list[str]], str, str, str]:
@@ -112,7 +113,8 @@ def apply(commits: list[Commit], pristine: Path, version: str) -> dict[str, byte
                 text = (scratch / path).read_bytes()
                 at = text.find(f"\n{before}\n".encode()) + 1 if before else len(text)
                 if not at:
-                    raise Failure(f"{commit.name}: {path} of Linux {version} has no line {before!r}")
+                    raise Failure(f"{commit.name}: {path} of Linux {version} "
+                                  f"has no line {before!r}")
                 (scratch / path).write_bytes(text[:at] + content + text[at:])
             if commit.diff:
                 _patch(commit, scratch, version)
