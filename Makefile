@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-2.0-only
+# Direct reads of compressed EROFS files. `make help` tells what can be made.
+
+export BASE KSRC IMAGE DATA CACHE JOBS
+
+# another python first in PATH would not see Debian's modules
+PYTHON := /usr/bin/python3 -B
+
+.PHONY: help run check series lint clean
+help:
+	@echo 'make run      read compressed images direct and buffered on a kernel with the series: one table'
+	@echo 'make check    KUnit suite and selftests in the same kernel: what passed, what failed'
+	@echo 'make series   the mails of the series in out/series/BASE; each commit built and checked'
+	@echo 'make lint     shellcheck, pyflakes, pycodestyle, clang-format, checkpatch, kernel-doc, sparse'
+	@echo 'make clean    remove out/ (the cache stays: remove its directory by hand)'
+	@echo
+	@echo 'BASE=7.3      kernel to use, 7.3 (default) or 6.12, from a Debian linux-source package'
+	@echo 'KSRC=DIR      your own kernel tree or git checkout instead; only read, never changed'
+	@echo 'IMAGE=FILE    make run: your own EROFS image'
+	@echo 'DATA=DIR      make run: images made of your own directory'
+	@echo 'CACHE=DIR     where downloads and builds are kept (default: ~/.cache/erofs-dio)'
+	@echo 'JOBS=N        parallel jobs of a build (default: the number of processors)'
+
+run check series lint:
+	@$(PYTHON) scripts/$@.py
+
+clean:
+	rm -rf out

@@ -1,0 +1,213 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-only
+"""Debian packages: installed ones, and newer ones without touching the system's own sources."""
+import functools
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+from ui import (FULL, Failure, cache_dir, digest, entry, growing, locked, output, run,
+                say, step, write)
+
+# one list, so that a user without root rights hears once what is missing
+TOOLS = ("python3-tqdm", "gcc", "g++", "make", "bc", "bison", "flex", "libelf-dev", "patch", "cpio",
+         "xz-utils", "busybox-static", "dpkg-dev", "autoconf", "automake", "libtool", "pkg-config",
+         "liblz4-dev", "liblzma-dev", "libdeflate-dev", "zlib1g-dev", "libzstd-dev", "uuid-dev",
+         "python3-xxhash")
+
+
+class Gone(Failure):
+    """The mirror answers, but has no fitting version."""
+
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+DAY = 24 * 3600
+
+
+def ensure(*packages: str) -> None:
+    wanted = sorted({*TOOLS, *packages})
+    rows = output(["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", *wanted])
+    there = {row.split()[0] for row in rows.splitlines() if row.endswith(" installed")}
+    missing = [package for package in wanted if package not in there]
+    if not missing:
+        return
+    if os.geteuid():
+        raise Failure(f"packages are missing: run as root: apt-get install {' '.join(missing)}")
+    env = {"DEBIAN_FRONTEND": "noninteractive"}
+    install = ["apt-get", "-y", "--no-install-recommends", "install", *missing]
+    with step(f"installing {' '.join(missing)}"):
+        try:
+            run(install, what="apt-get install", env=env)
+        except Failure:
+            run(["apt-get", "update"], what="apt-get update", env=env)
+            run(install, what="apt-get install", env=env)
+
+
+@functools.cache
+def targets() -> list[list[str]]:
+    """Suite, component and URI of all that the machine's own sources serve, Debian's first."""
+    rows = output(["apt-get", "indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)",
+                   "Identifier: Packages"])
+    return sorted(map(str.split, rows.splitlines()), key=lambda row: "debian" not in row[2])
+
+
+@functools.cache
+def acquire() -> str:
+    """Proxies and the like are the user's; hooks and pins are not ours to run."""
+    return "".join(re.findall(r"^Acquire::.*\n", output(["apt-config", "dump"]), re.M))
+
+
+def uri(suite: str) -> str:
+    """The machine's own URI for a suite; a suite it does not list is where its release is."""
+    release = dict(re.findall(r'^(\w+)="?(.*?)"?$', Path("/etc/os-release").read_text(), re.M))
+    for name in (suite, release.get("VERSION_CODENAME")):
+        for row in targets():
+            if row[:2] == [name, "main"]:
+                return row[2]
+    raise Failure("no apt source of this machine serves the Debian archive: add its main component")
+
+
+def config(suite: str, source: bool) -> Path:
+    """A private apt configuration for one suite, so that a vanished suite spoils no other."""
+    line = "deb-src" if source else "deb"
+    key = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
+    text = f"{line} {key}{uri(suite)} {suite} main\n"
+    top = cache_dir() / "apt" / digest(text)
+    for name in ("lists/partial", "cache/archives/partial", "parts"):
+        (top / name).mkdir(parents=True, exist_ok=True)
+    (top / "sources.list").write_text(text)
+    (top / "status").touch()
+    (top / "apt.conf").write_text(acquire() + f"""
+Dir::Etc::main "{top}/none";
+Dir::Etc::parts "{top}/parts";
+Dir::Etc::sourcelist "{top}/sources.list";
+Dir::Etc::sourceparts "{top}/parts";
+Dir::Etc::preferences "{top}/none";
+Dir::Etc::preferencesparts "{top}/parts";
+Dir::State "{top}";
+Dir::State::lists "{top}/lists";
+Dir::State::status "{top}/status";
+Dir::Cache "{top}/cache";
+Dir::Cache::pkgcache "";
+Dir::Cache::srcpkgcache "";
+APT::Architecture "amd64";
+APT::Architectures "amd64";
+APT::Sandbox::User "root";
+Acquire::Languages "none";
+Acquire::Retries "2";
+""")
+    return top
+
+
+def apt(top: Path, *cmd: str) -> str:
+    done = subprocess.run(cmd, capture_output=True, text=True, check=False, env={
+        **os.environ, "APT_CONFIG": str(top / "apt.conf"), "LC_ALL": "C"})
+    if done.returncode:
+        raise Failure(f"{cmd[0]} ended with status {done.returncode}: remove {top} and try again")
+    return done.stdout
+
+
+def update(top: Path, suite: str, refresh: bool) -> bool:
+    stamp = top / "stamp"
+    if not refresh and stamp.exists() and time.time() - stamp.stat().st_mtime < DAY:
+        return True
+    try:
+        run(["apt-get", "-o", "APT::Update::Error-Mode=any", "update"], total=4,
+            what=f"apt lists of {suite}", env={"APT_CONFIG": str(top / "apt.conf")}, quiet=True)
+    except Failure as failure:
+        if str(failure) == FULL:
+            raise
+        if stamp.exists():
+            say(f"{failure}; using the old ones, next try in an hour")
+            os.utime(stamp, (soon := time.time() - DAY + 3600, soon))
+        return stamp.exists()
+    for memo in top.glob("versions-*"):
+        memo.unlink()
+    stamp.touch()
+    return True
+
+
+def versions(top: Path, package: str) -> list[str]:
+    """Kept until the lists change: apt needs a second per suite to tell."""
+    memo = top / f"versions-{package}"
+    if not memo.exists():
+        rows = apt(top, "apt-cache", "madison", package)
+        write(memo, "\n".join(re.findall(rf"^ *{package} \| *(\S+) \|", rows, re.M)))
+    return memo.read_text().split()
+
+
+def newer(one: str, other: str) -> bool:
+    return not subprocess.call(["dpkg", "--compare-versions", one, "gt", other])
+
+
+def newest(package: str, pattern: str | None, suites: list[str], source: bool,
+           refresh: bool) -> tuple[str, Path]:
+    """Highest version whose upstream part matches, and the configuration that has it."""
+    best: tuple[str, Path] | None = None
+    reached = False
+    for suite in suites:
+        top = config(suite, source)
+        with locked(top / "lock"):
+            if not update(top, suite, refresh):
+                continue
+            reached = True
+            found = versions(top, package)
+        for version in found:
+            upstream = version.split(":")[-1].rsplit("-", 1)[0]
+            if (not pattern or re.fullmatch(pattern, upstream)) and (
+                    not best or newer(version, best[0])):
+                best = version, top
+    if not reached:
+        raise Failure("the Debian mirror cannot be reached: check the network and apt's sources")
+    if not best:
+        raise Gone(f"no suite of {', '.join(suites)} has a fitting {package}")
+    return best
+
+
+def fetch(kind: str, package: str, pattern: str | None, suites: list[str]) -> Path:
+    source = kind == "source"
+    for refresh in (False, True):
+        try:
+            version, top = newest(package, pattern, suites, source, refresh)
+        except Failure as failure:
+            cached = (cache_dir() / kind).glob(f"{package}_*")
+            if not (names := sorted(cached, key=lambda path: path.stat().st_mtime)):
+                raise
+            say(f"{failure}; taking {names[-1].name} from the cache")
+            return names[-1]
+
+        def make(work: Path) -> None:
+            env = {"APT_CONFIG": str(top / "apt.conf")}
+            verb = ["source"] if source else ["download"]
+            cmd = ["apt-get", *verb, f"{package}={version}"]
+            sizes = re.findall(r"^'\S+' \S+ (\d+)", apt(top, *cmd, "--print-uris"), re.M)
+            with step(f"downloading {package} {version}"), locked(top / "lock"), \
+                    growing(work, sum(map(int, sizes)), package):
+                run(cmd, what=f"download of {package}", cwd=work, env=env)
+            if source:
+                [tree] = [path for path in work.iterdir() if path.is_dir()]
+                for path in work.iterdir():
+                    if path != tree:
+                        path.unlink()
+                tree.rename(work / "tree")
+
+        try:
+            return entry(kind, f"{package}_{version.replace(':', '%3a')}", make)
+        except Failure as failure:
+            if refresh or str(failure) == FULL:
+                raise
+            say(f"{failure}; trying once more with fresh lists")
+    raise AssertionError
+
+
+def download(package: str, pattern: str | None, suites: list[str]) -> Path:
+    """The .deb of the newest version over suites; apt has verified it."""
+    [deb] = fetch("deb", package, pattern, suites).glob("*.deb")
+    return deb
+
+
+def source(package: str, suites: list[str]) -> Path:
+    """The unpacked newest source package over suites."""
+    return fetch("source", package, None, suites) / "tree"

@@ -1,0 +1,291 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-only
+"""The input data, the images made of it, and the truth that their files are compared with."""
+import fnmatch
+import functools
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apt
+from tools import erofs_utils
+from ui import FULL, JOBS, Failure, digest, entry, main, output, run, state, step, walk
+
+MIB = 1 << 20
+# Enough for steady figures; LZMA, at 50 MiB/s, would take minutes for all of it.
+SAMPLE, TIMED = 200, 64 * MIB
+# What a read-once reader meets: code, text and whole programs, in shares of the big file.
+BIG = (("/usr/lib", ("*.so", "*.so.*"), 64 * MIB),
+       ("/usr/share", ("*.txt", "*.html", "*.py", "*.p[lm]", "*.xml", "*.json", "copyright"),
+        32 * MIB),
+       ("/usr/include", ("*",), 16 * MIB),
+       ("/usr/lib/python3", ("*.py",), 16 * MIB),
+       ("/usr/bin", ("*",), 32 * MIB))
+ODD_SIZES = (0, 1, 511, 512, 513, 4095, 4096, 4097, 65535, 65537, MIB - 1, MIB + 1)
+RUN = {"lz4-4k": ("lz4hc,9", 4), "lz4-16k": ("lz4hc,9", 16), "lz4-64k": ("lz4hc,9", 64),
+       "lzma-64k": ("lzma", 64), "deflate-64k": ("deflate,6", 64), "zstd-64k": ("zstd", 64)}
+# Options and the first kernel that mounts the result.
+FEATURES: dict[str, tuple[str, tuple[int, int]]] = {
+    "lz4-4k": ("-zlz4 -C4096", (5, 4)),
+    "lz4-16k": ("-zlz4 -C16384", (5, 13)),
+    "lz4hc-64k": ("-zlz4hc,9 -C65536", (5, 13)),
+    "lz4-1m": ("-zlz4 -C1048576", (5, 13)),
+    "lzma-4k": ("-zlzma,1 -C4096", (5, 16)),
+    "lzma-64k": ("-zlzma,1 -C65536", (5, 16)),
+    "deflate-16k": ("-zdeflate -C16384", (6, 6)),
+    "deflate-1m": ("-zdeflate -C1048576", (6, 6)),
+    "zstd-4k": ("-zzstd -C4096", (6, 10)),
+    "zstd-64k": ("-zzstd -C65536", (6, 10)),
+    "zstd-1m": ("-zzstd -C1048576", (6, 10)),
+    "full-index": ("-zzstd -C16384 -Elegacy-compress", (6, 10)),
+    "tails": ("-zlz4 -C16384 -Eztailpacking", (5, 17)),
+    "fragments": ("-zlz4hc -C65536 -Efragments", (6, 1)),
+    "all-fragments": ("-zzstd -C16384 -Eall-fragments", (6, 10)),
+    # without a limit mkfs.erofs takes minutes for the runs of zeros
+    "dedupe": ("-zlz4 -C16384 -Ededupe --max-extent-bytes=65536", (6, 1)),
+    "dedupe-fragments-tails": ("-zlzma,1 -C32768 -Ededupe,all-fragments,ztailpacking", (6, 1)),
+    "extents-48bit": ("-zlz4 -C65536 -E48bit", (6, 15)),
+    "extents-48bit-dedupe": ("-zzstd -C65536 -E48bit,dedupe,fragments", (6, 15)),
+    "metabox": ("-zlz4 -C65536 -m65536:zstd --MZ=id", (6, 17)),
+    "block-512": ("-zlz4 -C4096 -b512", (6, 4)),
+    "block-1024": ("-zzstd -C16384 -b1024", (6, 10)),
+    "plain": ("", (5, 4)),
+    "chunks": ("--chunksize=65536", (5, 15)),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """A directory, and in `listing` its regular files with sizes and hashes, taken on the host."""
+    truth: Path
+    listing: Path
+
+    @functools.cached_property
+    def files(self) -> list[dict[str, Any]]:
+        return json.loads(self.listing.read_text())
+
+    @property
+    def size(self) -> int:
+        return sum(item["size"] for item in self.files)
+
+    @property
+    def big(self) -> str:
+        return max(self.files, key=lambda item: item["size"])["name"]
+
+
+@dataclass(frozen=True)
+class Image:
+    name: str
+    algorithm: str
+    pcluster: int
+    path: Path
+    data: Data
+
+
+def xxh3(path: Path) -> str:
+    import xxhash  # may have been installed a moment ago
+
+    total = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(4 * MIB):
+            total.update(block)
+    return total.hexdigest()
+
+
+def describe(truth: Path, listing: Path, whose: str) -> None:
+    """Write the listing: all of a file is verified, `timed` bytes of it are read by the clock."""
+    paths = sorted(path for path in truth.rglob("*") if path.is_file() and not path.is_symlink())
+    if not any(path.stat().st_size for path in paths):
+        raise Failure(f"{whose} has no file with content: name another")
+    small = [path for path in paths if 0 < path.stat().st_size <= MIB]
+    timed = {max(paths, key=lambda path: path.stat().st_size), *small[::len(small) // SAMPLE + 1]}
+    rows = [{"name": str(path.relative_to(truth)), "size": path.stat().st_size,
+             "xxh3_128": xxh3(path),
+             "timed": min(path.stat().st_size, TIMED) if path in timed else 0} for path in paths]
+    try:
+        listing.write_text(json.dumps(rows, ensure_ascii=False, indent=0), encoding="utf-8")
+    except UnicodeEncodeError:
+        raise Failure(f"{whose} has a file name that is not UTF-8: rename it") from None
+
+
+def choose(limit: int, top: str, patterns: Iterable[str]) -> Iterator[Path]:
+    """Real files below top in order of their names, up to limit bytes in all."""
+    if not os.path.isdir(top):
+        return
+    for path in sorted(item.path for item in walk(top) if not item.is_symlink()):
+        size = os.lstat(path).st_size
+        if 0 < size <= min(limit, 16 * MIB) and os.access(path, os.R_OK) and os.path.isfile(path) \
+                and any(fnmatch.fnmatch(os.path.basename(path), one) for one in patterns):
+            limit -= size
+            yield Path(path)
+
+
+def synthetic(root: Path, source: bytes) -> None:
+    noise = random.Random(0)
+    (root / "incompressible").write_bytes(noise.randbytes(16 * MIB))
+    with (root / "sparse-looking").open("wb") as file:
+        file.truncate(32 * MIB)
+        for start in range(100_000, 32 * MIB - 200_000, 1_500_000):
+            file.seek(start)
+            file.write(source[start:start + noise.randrange(1, 200_000)])
+    (root / "sizes").mkdir()
+    for size in ODD_SIZES:
+        (root / "sizes" / str(size)).write_bytes(source[:size])
+
+
+def machine_data() -> Data:
+    """Real files of this machine, copied once; chosen again when one of them is not what it was."""
+    def identity(path: str | Path) -> list[int]:
+        info = os.stat(path)
+        return [info.st_size, info.st_mtime_ns]
+
+    def unchanged(made: Path) -> bool:
+        chosen = json.loads((made / "chosen.json").read_text())
+        return all(os.path.exists(path) and identity(path) == old for path, old in chosen.items())
+
+    def make(work: Path) -> None:
+        with step("choosing and copying real files of this machine"):
+            root = work / "files"
+            (root / "small").mkdir(parents=True)
+            # evenly mixed, so that the part that is timed is like the whole
+            ranked = [(rank / len(paths), path) for top, patterns, share in BIG
+                      for paths in [list(choose(share, top, patterns))]
+                      for rank, path in enumerate(paths)]
+            chosen = [path for _, path in sorted(ranked)]
+            with (root / "big").open("wb") as big:
+                for path in chosen:
+                    big.write(path.read_bytes())
+            fitting = [path for path in chosen if path.stat().st_size <= MIB]
+            for path in fitting[::len(fitting) // 280 + 1]:
+                shutil.copyfile(path, root / "small" / str(path).strip("/").replace("/", "+"))
+            synthetic(root, (root / "big").read_bytes()[:32 * MIB])
+            describe(root, work / "list.json", "/usr")
+            (work / "chosen.json").write_text(json.dumps({str(p): identity(p) for p in chosen}))
+
+    recipe = digest(repr((BIG, ODD_SIZES, SAMPLE, TIMED)))
+    made = entry("data", f"machine-{recipe}", make, unchanged)
+    return Data(made / "files", made / "list.json")
+
+
+def check_data() -> Data:
+    """A small tree in which compressible, incompressible and zero parts meet at odd places."""
+    source = machine_data()
+
+    def make(work: Path) -> None:
+        root = work / "files"
+        (root / "small").mkdir(parents=True)
+        noise = random.Random(1)
+        with (source.truth / "big").open("rb") as big, (root / "mixed").open("wb") as mixed:
+            size = (source.truth / "big").stat().st_size
+            while mixed.tell() < 24 * MIB:
+                length = noise.randrange(1, MIB)
+                big.seek(noise.randrange(max(1, size - length)))
+                part: Callable[[], bytes] = noise.choice([
+                    lambda: big.read(length), lambda: big.read(length),
+                    lambda: noise.randbytes(length // 4), lambda: bytes(length)])
+                mixed.write(part())
+        small = sorted((source.truth / "small").iterdir())
+        for path in small[::len(small) // 40 + 1]:
+            shutil.copy(path, root / "small")
+        shutil.copytree(source.truth / "sizes", root / "sizes")
+        describe(root, work / "list.json", "/usr")
+
+    made = entry("data", digest("check", source.listing), make)
+    return Data(made / "files", made / "list.json")
+
+
+def user_data(top: Path) -> Data:
+    if not top.is_dir():
+        raise Failure(f"DATA={top}: no such directory: name one with the files to compress")
+    with step(f"hashing {top}"):
+        made = entry("list", digest(str(top), state(top)),
+                     lambda work: describe(top, work / "list.json", f"DATA={top}"))
+    return Data(top, made / "list.json")
+
+
+@functools.cache
+def mkfs() -> tuple[Path, str]:
+    program = erofs_utils() / "mkfs.erofs"
+    return program, output([str(program), "-V"])
+
+
+def make_image(data: Data, options: str) -> Path:
+    program, version = mkfs()
+
+    def make(work: Path) -> None:
+        path = work / "image.erofs"
+        with step(f"mkfs.erofs {options}"):
+            run([str(program), "--quiet", f"--workers={JOBS}", "-T0", "-x-1", "--all-root",
+                 "-U00000000-0000-0000-0000-000000000001", *options.split(), str(path),
+                 str(data.truth)], what="mkfs.erofs")
+        run([str(program.with_name("fsck.erofs")), "--extract", str(path)], what="fsck.erofs")
+        (work / "xxh3").write_text(xxh3(path))
+
+    def check(made: Path) -> bool:
+        return xxh3(made / "image.erofs") == (made / "xxh3").read_text()
+
+    key = digest(version, options, str(data.truth), data.listing)
+    return entry("image", key, make, check) / "image.erofs"
+
+
+def run_images() -> list[Image]:
+    apt.ensure()
+    if path := os.environ.get("IMAGE"):
+        return [user_image(Path(path).absolute())]
+    data = user_data(Path(where).absolute()) if (where := os.environ.get("DATA")) \
+        else machine_data()
+    return [Image(name, name.partition("-")[0], size * 1024,
+                  make_image(data, f"-z{algorithm} -C{size * 1024}"), data)
+            for name, (algorithm, size) in RUN.items()]
+
+
+def user_image(path: Path) -> Image:
+    """The user's image; fsck.erofs, not a kernel, says what its files contain."""
+    if not path.is_file():
+        raise Failure(f"IMAGE={path}: no such file: name an EROFS image")
+    tools = erofs_utils()
+
+    def make(work: Path) -> None:
+        with step(f"extracting {path} with fsck.erofs"):
+            done = subprocess.run(
+                [str(tools / "fsck.erofs"), f"--extract={work / 'files'}", "--no-preserve",
+                 str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                errors="replace", check=False)
+        if "No space left" in done.stdout:
+            raise Failure(FULL)
+        if done.returncode:
+            why = next((line for line in done.stdout.splitlines() if "<E>" in line), "it failed")
+            raise Failure(f"{path}: fsck.erofs: {why.removeprefix('<E> erofs: ').strip()}: the "
+                          "image is damaged or newer than erofs-utils: make it again")
+        describe(work / "files", work / "list.json", f"IMAGE={path}")
+        # the name of a disk ends at a comma or space on the kernel command line
+        (work / "image.erofs").symlink_to(path)
+
+    made = entry("truth", digest(str(path), xxh3(path)), make)
+    data = Data(made / "files", made / "list.json")
+    dump = [str(tools / "dump.erofs"), str(path)]
+    algorithms = [line.split(":")[1].split() for line in output(dump).splitlines()
+                  if "compr_algs" in line]
+    extents = output([*dump, "-e", f"--path=/{data.big}"]).splitlines()
+    lengths = [int(line.rpartition("|")[2]) for line in extents if line.count("|") == 2
+               and line.rpartition("|")[2].strip().isdigit()]
+    algorithm = "+".join(algorithms[0]) if algorithms else "none"
+    pcluster = max(lengths, default=0) if algorithms else 0
+    return Image(path.name, algorithm, pcluster, made / "image.erofs", data)
+
+
+def check_images() -> list[tuple[Image, tuple[int, int]]]:
+    apt.ensure()
+    data = check_data()
+    return [(Image(name, "", 0, make_image(data, options), data), since)
+            for name, (options, since) in FEATURES.items()]
+
+
+if __name__ == "__main__":
+    main(lambda: print("\n".join(str(image.path) for image in run_images())))
