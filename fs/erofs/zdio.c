@@ -740,20 +740,24 @@ static const struct iomap_dio_ops z_erofs_dio_ops = {
 static bool z_erofs_dio_overlap(const struct iov_iter *to)
 {
 	const struct iovec *iov, *prev;
-	void __user *top = NULL;	/* the end of all before @iov */
+	void __user *top = NULL;
+	void __user *end;
 	unsigned int i, j;
 
 	if (!iter_is_iovec(to))
 		return false;
 	for (i = 0; i < to->nr_segs; ++i) {
 		iov = iter_iov(to) + i;
+		end = iov->iov_base + iov->iov_len;
+		/* in ascending order, there is nothing to compare with */
 		for (j = iov->iov_base < top ? i : 0; j--;) {
 			prev = iter_iov(to) + j;
 			if (iov->iov_base < prev->iov_base + prev->iov_len &&
-			    prev->iov_base < iov->iov_base + iov->iov_len)
+			    prev->iov_base < end)
 				return true;
 		}
-		top = max(top, iov->iov_base + iov->iov_len);
+		if (top < end)
+			top = end;
 	}
 	return false;
 }

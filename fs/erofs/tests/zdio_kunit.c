@@ -327,6 +327,7 @@ static struct kunit_suite zdio_suite = {
 	.exit = zdio_exit,
 	.test_cases = zdio_cases,
 };
+
 kunit_test_suite(zdio_suite);
 
 #undef P
