@@ -53,8 +53,8 @@ FEATURES: dict[str, tuple[str, tuple[int, int]]] = {
     "extents-48bit": ("-zlz4 -C65536 -E48bit", (6, 15)),
     "extents-48bit-dedupe": ("-zzstd -C65536 -E48bit,dedupe,fragments", (6, 15)),
     "metabox": ("-zlz4 -C65536 -m65536:zstd --MZ=id", (6, 17)),
-    "block-512": ("-zlz4 -C4096 -b512", (6, 4)),
-    "block-1024": ("-zzstd -C16384 -b1024", (6, 10)),
+    "block-512": ("-zlz4 -C4096 -b512 --fsalignblks=8", (6, 4)),
+    "block-1024": ("-zzstd -C16384 -b1024 --fsalignblks=4", (6, 10)),
     "plain": ("", (5, 4)),
     "chunks": ("--chunksize=65536", (5, 15)),
 }

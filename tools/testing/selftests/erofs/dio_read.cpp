@@ -29,6 +29,7 @@ constexpr size_t kPage = 4096;
 constexpr size_t kGuard = 2 * kPage;
 constexpr size_t kMiB = 1 << 20;
 constexpr size_t kArena = 40 * kMiB;
+const fs::path kTracing = "/sys/kernel/tracing";
 
 struct Segment {
 	size_t at; // distance from a page boundary of the arena
@@ -247,6 +248,32 @@ public:
 					check(target, {target.name, offset, {{0, length}}});
 		}
 		return {};
+	}
+
+	// Buffered reads that are dropped behind return the same bytes and leave nothing, either.
+	Result paths_taken()
+	{
+		const auto event = kTracing / "events/erofs/erofs_dio_read/enable";
+		if (!fs::exists(event))
+			return "the kernel has no event erofs_dio_read";
+		std::ofstream(event) << 1;
+		const auto before = reads_;
+		for (const auto &target : targets_) {
+			if (!target.compressed || !target.size())
+				continue;
+			const auto block = target.block;
+			expect_path(target, 0, {{0, 8 * kMiB}}, "direct");
+			expect_path(target, 0, {{512, block}}, "direct");
+			expect_path(target, 0, {{0, 512}, {kPage, 2 * block - 512}}, "direct");
+			expect_path(target, 0, {{kPage, block}, {0, block}}, "direct");
+			expect_path(target, (target.size() - 1) / block * block, {{0, block}},
+				    "direct");
+			expect_path(target, target.size() - 1, {{0, 513}}, "misaligned");
+			expect_path(target, 0, {{1, block}}, "misaligned");
+			expect_path(target, 0, {{0, 2 * block}, {512, 2 * block}}, "overlap");
+		}
+		std::ofstream(event) << 0;
+		return reads_ == before ? Result("no file of this image is compressed") : Result();
 	}
 
 	Result whole_files_in_order()
@@ -564,6 +591,22 @@ private:
 				    "changed ones");
 	}
 
+	void expect_path(const Target &target, size_t offset, const std::vector<Segment> &segments,
+			 const std::string &path)
+	{
+		const Call call{target.name, offset, segments};
+		std::ofstream(kTracing / "trace", std::ios::trunc);
+		check(target, call);
+		std::ifstream trace(kTracing / "trace");
+		std::set<std::string> taken;
+		for (std::string line; std::getline(trace, line);)
+			if (line.find(" erofs_dio_read: ") != line.npos)
+				taken.insert(line.substr(line.rfind(' ') + 1));
+		if (taken != std::set{path})
+			fail(call, Error(target.path.string(), static_cast<off_t>(offset), path,
+					 taken.empty() ? "no event" : *taken.begin()));
+	}
+
 	static std::set<size_t> offsets(const Target &target)
 	{
 		const auto block = target.block;
@@ -676,6 +719,7 @@ bool run_all(Tester &tester, const std::string &name, uint64_t seed, size_t coun
 		{"segments", [&] { return tester.segments(); }},
 		{"overlapping_segments", [&] { return tester.overlapping_segments(); }},
 		{"end_of_file", [&] { return tester.end_of_file(); }},
+		{"paths_taken", [&] { return tester.paths_taken(); }},
 		{"whole_files_in_order", [&] { return tester.whole_files_in_order(); }},
 		{"empty_reads", [&] { return tester.empty_reads(); }},
 		{"bad_addresses", [&] { return tester.bad_addresses(); }},
