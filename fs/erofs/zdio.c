@@ -665,6 +665,9 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 					      map.m_la + map.m_llen,
 					      i_blocksize(inode));
 		erofs_put_metabuf(&map.buf);
+		/* with corrupted indexes it might have ended before */
+		if (end <= pos)
+			end = pos + Z_EROFS_DIO_WINDOW;
 		length = min(length, end - pos);
 	}
 
@@ -812,7 +815,7 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 	path = z_erofs_dio_path(iocb, to);
 	trace_erofs_dio_read(inode, iocb->ki_pos, iov_iter_count(to), path);
 	if (path == Z_EROFS_DIO_DIRECT) {
-		/* iomap would clear all memory behind the block with EOF */
+		/* don't pin memory that nothing can be read into */
 		bs = bdev_logical_block_size(inode->i_sb->s_bdev);
 		behind = iov_iter_count(to);
 		iov_iter_truncate(to, round_up(size, bs) - iocb->ki_pos);

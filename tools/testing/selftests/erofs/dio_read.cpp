@@ -14,6 +14,7 @@
 #include <CLI/CLI.hpp>
 #include <linux/stat.h>
 #include <sys/uio.h>
+#include <sys/utsname.h>
 
 #include "io.hpp"
 #include "ktap.hpp"
@@ -405,6 +406,26 @@ public:
 		return {};
 	}
 
+	// What is served from the page cache has to be dropped behind.
+	Result nothing_kept()
+	{
+		struct utsname system;
+		int major = 0, minor = 0;
+		if (::uname(&system) || std::sscanf(system.release, "%d.%d", &major, &minor) != 2)
+			throw Error("uname", 0, "a release", system.release);
+		if (std::pair(major, minor) < std::pair(6, 14))
+			return "Linux " + std::string(system.release) + " has no drop-behind";
+		const auto before = reads_;
+		for (const auto &target : targets_) {
+			if (!target.compressed)
+				continue;
+			for (size_t offset = 0; offset < target.size(); offset += 128 * 1024)
+				check(target, {target.name, offset, {{1, 128 * 1024}}});
+			expect_value(target, "cached pages after", 0, cached_pages(target.fd));
+		}
+		return reads_ == before ? Result("no file of this image is compressed") : Result();
+	}
+
 	Result random_calls(size_t count)
 	{
 		for (size_t i = 0; i < count; ++i) {
@@ -412,6 +433,31 @@ public:
 			const auto &target = pick(2) ? biggest() : targets_[pick(targets_.size())];
 			check(target, random_call(target));
 		}
+		return {};
+	}
+
+	Result memory_returned()
+	{
+		const auto &target = biggest();
+		const size_t length = 16 * target.block;
+		const auto read_some = [&](size_t count) {
+			for (size_t i = 0; i < count; ++i, ++reads_)
+				if (::pread(target.fd, aligned(), length,
+					    static_cast<off_t>(i * length % target.size() /
+							       target.block * target.block)) < 0)
+					throw Error(target.path.string(), 0, "data",
+						    errno_text(errno));
+		};
+		constexpr size_t kReads = 4000;
+		read_some(kReads / 4);
+		const auto before = free_pages();
+		read_some(kReads);
+		const auto after = free_pages();
+		// one page lost by every fourth read would be found
+		if (after + kReads / 4 < before)
+			throw Error(target.path.string(), 0,
+				    std::to_string(before) + " free pages as before",
+				    std::to_string(after));
 		return {};
 	}
 
@@ -607,6 +653,16 @@ private:
 					 taken.empty() ? "no event" : *taken.begin()));
 	}
 
+	static size_t free_pages()
+	{
+		std::ifstream in("/proc/vmstat");
+		size_t value = 0;
+		for (std::string name; in >> name >> value;)
+			if (name == "nr_free_pages")
+				return value;
+		throw Error("/proc/vmstat", 0, "nr_free_pages", "none");
+	}
+
 	static std::set<size_t> offsets(const Target &target)
 	{
 		const auto block = target.block;
@@ -714,6 +770,7 @@ bool run_all(Tester &tester, const std::string &name, uint64_t seed, size_t coun
 	const std::vector<std::pair<std::string_view, std::function<Result()>>> groups{
 		// first, since buffered reads may leave readahead in flight
 		{"nothing_cached", [&] { return tester.nothing_cached(); }},
+		{"nothing_kept", [&] { return tester.nothing_kept(); }},
 		{"every_offset", [&] { return tester.every_offset(); }},
 		{"memory_alignment", [&] { return tester.memory_alignment(); }},
 		{"segments", [&] { return tester.segments(); }},
@@ -726,6 +783,7 @@ bool run_all(Tester &tester, const std::string &name, uint64_t seed, size_t coun
 		{"same_page_twice", [&] { return tester.same_page_twice(); }},
 		{"racing_writer", [&] { return tester.racing_writer(); }},
 		{"random_calls", [&] { return tester.random_calls(count); }},
+		{"memory_returned", [&] { return tester.memory_returned(); }},
 		{"pins_released", [&] { return tester.pins_released(); }},
 	};
 	std::vector<ktap::Case> cases;
