@@ -9,13 +9,15 @@
  * A direct read owns its pclusters: they are read into private pages and never
  * show up in managed_pslots, so no buffered reader can join them.  Destination
  * pages may be mapped by user space and change at any time.  Nothing is ever
- * read back from them, except by LZ4, which copies matches from its own output:
+ * read back from them but matches, which decoders copy from what they wrote:
  * a racing writer spoils its own buffer that way and nothing else, since
  * lengths and offsets only come from the (private) compressed data.
  */
 #include "compress.h"
 #include <linux/blkdev.h>
+#include <linux/memremap.h>
 #include <linux/ratelimit.h>
+#include <linux/sched/signal.h>
 #include <trace/events/erofs.h>
 
 /* Destination bytes which are pinned and decoded together */
@@ -24,6 +26,10 @@
 #define Z_EROFS_DIO_MAX_EXTENTS		256
 /* .. and their compressed pages; the last pcluster may go beyond */
 #define Z_EROFS_DIO_MAX_INPAGES		(SZ_1M / PAGE_SIZE)
+/* What is dropped behind smaller requests would be decoded over and over */
+#define Z_EROFS_DIO_DONTCACHE		SZ_128K
+
+static struct bio_set z_erofs_dio_bioset;
 
 /*
  * Bytes of the destination which follow each other in memory, apart from page
@@ -92,7 +98,10 @@ struct z_erofs_dio_window {
 static loff_t z_erofs_dio_cut(loff_t pos, loff_t la, loff_t lend,
 			      unsigned int bs)
 {
-	return round_up(la > pos ? la : lend, bs);
+	loff_t end = round_up(la > pos ? la : lend, bs);
+
+	/* with corrupted indexes it might even end before its start */
+	return end > pos ? end : pos + Z_EROFS_DIO_WINDOW;
 }
 
 /* Append a piece of memory that doesn't cross a page boundary */
@@ -208,8 +217,8 @@ static void z_erofs_dio_copy(const struct z_erofs_dio_dest *d, loff_t pos,
 
 /*
  * Gather the destination.  Decoders write bytes which aren't final, so folios
- * another filesystem keeps private data for (it may be writing them back) are
- * left to the page cache: -ENOTBLK.
+ * another filesystem keeps private data for (and may write back) are left to
+ * the page cache, and so is memory of PCI devices: -ENOTBLK.
  */
 static int z_erofs_dio_gather(struct z_erofs_dio_window *w)
 {
@@ -229,7 +238,8 @@ static int z_erofs_dio_gather(struct z_erofs_dio_window *w)
 
 	bio_list_for_each(bio, &w->bios) {
 		bio_for_each_segment(bv, bio, iter) {
-			if (folio_test_private(page_folio(bv.bv_page)))
+			if (folio_test_private(page_folio(bv.bv_page)) ||
+			    is_pci_p2pdma_page(bv.bv_page))
 				return -ENOTBLK;
 			err = z_erofs_dio_add(d, &bv, pos);
 			if (err)
@@ -401,23 +411,26 @@ static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 	if (err)
 		return err;
 
+	/* metadata may have to be read: not with a bio at hand */
+	for (i = 0; i < w->nr_ext; ++i) {
+		if (!(w->ext[i].flags & EROFS_MAP_META))
+			continue;
+		err = z_erofs_dio_read_meta(w, &w->ext[i]);
+		if (err)
+			return err;
+	}
+
 	atomic_set(&w->pending, 1);
 	reinit_completion(&w->done);
-	for (i = w->nr_ext; i-- && !err;) {
-		struct z_erofs_dio_extent *e = &w->ext[i];
-
-		if (!(e->flags & EROFS_MAP_MAPPED))
-			continue;
-		if (e->flags & EROFS_MAP_META)
-			err = z_erofs_dio_read_meta(w, e);
-		else
-			bio = z_erofs_dio_read(w, e, bio);
-	}
+	for (i = w->nr_ext; i--;)
+		if ((w->ext[i].flags & (EROFS_MAP_MAPPED | EROFS_MAP_META)) ==
+		    EROFS_MAP_MAPPED)
+			bio = z_erofs_dio_read(w, &w->ext[i], bio);
 	if (bio)
 		z_erofs_dio_submit(w, bio);
 	if (!atomic_dec_and_test(&w->pending))
 		wait_for_completion_io(&w->done);
-	return err ?: blk_status_to_errno(w->status);
+	return blk_status_to_errno(w->status);
 }
 
 static int z_erofs_dio_fragment(struct z_erofs_dio_window *w,
@@ -587,6 +600,7 @@ static int z_erofs_dio_batch(struct z_erofs_dio_window *w, loff_t *end)
 	for (i = w->nr_ext; i-- && !err;)
 		err = z_erofs_dio_fill(w, &w->ext[i]);
 	z_erofs_dio_free_in(w);
+	cond_resched();
 	return err;
 }
 
@@ -596,33 +610,47 @@ static int z_erofs_dio_batch(struct z_erofs_dio_window *w, loff_t *end)
  */
 static int z_erofs_dio_fill_cached(struct z_erofs_dio_window *w)
 {
-	struct bvec_iter *bi;
+	struct bvec_iter bi;
 	struct iov_iter to;
 	struct kiocb iocb;
+	struct bio_vec bv;
 	struct bio *bio;
 	ssize_t ret;
 
 	init_sync_kiocb(&iocb, w->file);
-	iocb.ki_flags = IOCB_DONTCACHE;
+	iocb.ki_flags = 0;
+	if (w->end - w->pos >= Z_EROFS_DIO_DONTCACHE)
+		iocb.ki_flags = IOCB_DONTCACHE;
 	iocb.ki_pos = w->pos;
 	bio_list_for_each(bio, &w->bios) {
-		bi = &bio->bi_iter;
-		iov_iter_bvec(&to, ITER_DEST, bio->bi_io_vec + bi->bi_idx,
-			      bio->bi_vcnt - bi->bi_idx, bi->bi_size);
-		to.iov_offset = bi->bi_offset;
-		while (iov_iter_count(&to) && iocb.ki_pos < w->end) {
-			ret = filemap_read(&iocb, &to, 0);
-			if (ret <= 0)
-				return ret ?: -EIO;
+		bio_for_each_bvec(bv, bio, bi) {
+			iov_iter_bvec(&to, ITER_DEST, &bv, 1, bv.bv_len);
+			while (iov_iter_count(&to) && iocb.ki_pos < w->end) {
+				ret = filemap_read(&iocb, &to, 0);
+				if (ret <= 0)
+					return ret ?: -EIO;
+			}
 		}
 	}
 	return 0;
 }
 
+static void z_erofs_dio_flush_dcache(struct z_erofs_dio_window *w)
+{
+	struct bvec_iter iter;
+	struct bio_vec bv;
+	struct bio *bio;
+
+	if (!ARCH_IMPLEMENTS_FLUSH_DCACHE_PAGE)
+		return;
+	bio_list_for_each(bio, &w->bios)
+		bio_for_each_segment(bv, bio, iter)
+			flush_dcache_page(bv.bv_page);
+}
+
 static int z_erofs_dio_run(struct z_erofs_dio_window *w)
 {
 	loff_t end = w->end;
-	unsigned int i;
 	int err;
 
 	err = z_erofs_dio_gather(w);
@@ -632,10 +660,9 @@ static int z_erofs_dio_run(struct z_erofs_dio_window *w)
 		trace_erofs_dio_read(w->inode, w->pos, w->end - w->pos,
 				     err == -ENOMEM ? Z_EROFS_DIO_NOMEM :
 						      Z_EROFS_DIO_PRIVATE);
-		return z_erofs_dio_fill_cached(w);
+		err = z_erofs_dio_fill_cached(w);
 	}
-	for (i = 0; i < w->dest.nr_pages; ++i)
-		flush_dcache_page(w->dest.pages[i]);
+	z_erofs_dio_flush_dcache(w);
 	return err;
 }
 
@@ -653,6 +680,9 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 	loff_t end;
 	int err;
 
+	if (fatal_signal_pending(current))
+		return -ENOTBLK;
+
 	if (length > Z_EROFS_DIO_WINDOW) {
 		end = map.m_la;
 		err = z_erofs_map_blocks_iter(inode, &map, 0);
@@ -665,9 +695,6 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 					      map.m_la + map.m_llen,
 					      i_blocksize(inode));
 		erofs_put_metabuf(&map.buf);
-		/* with corrupted indexes it might have ended before */
-		if (end <= pos)
-			end = pos + Z_EROFS_DIO_WINDOW;
 		length = min(length, end - pos);
 	}
 
@@ -684,6 +711,7 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 
 	/* the device is only asked for its limits and never sees these bios */
 	iomap->bdev = inode->i_sb->s_bdev;
+	iomap->addr = IOMAP_NULL_ADDR;
 	iomap->type = IOMAP_MAPPED;
 	iomap->offset = pos;
 	iomap->length = length;
@@ -708,9 +736,13 @@ static int z_erofs_dio_iomap_end(struct inode *inode, loff_t pos,
 	struct bio_list bios = w->bios;
 	blk_status_t status = BLK_STS_OK;
 	struct bio *bio;
+	int err = 0;
 
 	if (!bio_list_empty(&bios))
-		status = errno_to_blk_status(z_erofs_dio_run(w));
+		err = z_erofs_dio_run(w);
+	/* as if it were buffered: no other error is expected by callers */
+	if (err)
+		status = err == -ENOMEM ? BLK_STS_RESOURCE : BLK_STS_IOERR;
 	erofs_release_pages(&w->pagepool);
 	kvfree(w->in);
 	kvfree(w->dest.pages);
@@ -734,13 +766,40 @@ static const struct iomap_ops z_erofs_dio_iomap_ops = {
 
 static const struct iomap_dio_ops z_erofs_dio_ops = {
 	.submit_io = z_erofs_dio_submit_io,
+	/* all bios of a window are held until it is done: not of fs_bio_set */
+	.bio_set = &z_erofs_dio_bioset,
 };
 
-/*
- * Do parts of the vector overlap?  The last one wins if they are filled one
- * after the other, but an LZ4 extent needs all its output until it is done.
+/**
+ * z_erofs_dio_init - set up what direct reads share
+ *
+ * Context: Process context, when EROFS is initialised.
+ * Return: 0, or -ENOMEM.
  */
-static bool z_erofs_dio_overlap(const struct iov_iter *to)
+int __init z_erofs_dio_init(void)
+{
+	return bioset_init(&z_erofs_dio_bioset, BIO_POOL_SIZE, 0,
+			   BIOSET_NEED_BVECS);
+}
+
+/**
+ * z_erofs_dio_exit - undo z_erofs_dio_init()
+ *
+ * Context: Process context, when no file of EROFS is open any more.
+ */
+void z_erofs_dio_exit(void)
+{
+	bioset_exit(&z_erofs_dio_bioset);
+}
+
+/*
+ * A bio that can't hold a logical block of the vector makes iomap fail, so each
+ * part has to be a multiple of it.  They must not overlap: the last one wins if
+ * they are filled one after the other, but an LZ4 extent needs all its output
+ * until it is done.
+ */
+static enum z_erofs_dio_path z_erofs_dio_vector(const struct iov_iter *to,
+						unsigned int mask)
 {
 	const struct iovec *iov, *prev;
 	void __user *top = NULL;
@@ -748,21 +807,23 @@ static bool z_erofs_dio_overlap(const struct iov_iter *to)
 	unsigned int i, j;
 
 	if (!iter_is_iovec(to))
-		return false;
+		return Z_EROFS_DIO_DIRECT;
 	for (i = 0; i < to->nr_segs; ++i) {
 		iov = iter_iov(to) + i;
+		if (iov->iov_len & mask)
+			return Z_EROFS_DIO_MISALIGNED;
 		end = iov->iov_base + iov->iov_len;
 		/* in ascending order, there is nothing to compare with */
 		for (j = iov->iov_base < top ? i : 0; j--;) {
 			prev = iter_iov(to) + j;
 			if (iov->iov_base < prev->iov_base + prev->iov_len &&
 			    prev->iov_base < end)
-				return true;
+				return Z_EROFS_DIO_OVERLAP;
 		}
 		if (top < end)
 			top = end;
 	}
-	return false;
+	return Z_EROFS_DIO_DIRECT;
 }
 
 /* The one place which decides whether a request is served directly */
@@ -770,17 +831,16 @@ static enum z_erofs_dio_path z_erofs_dio_path(struct kiocb *iocb,
 					      struct iov_iter *to)
 {
 	struct block_device *bdev = file_inode(iocb->ki_filp)->i_sb->s_bdev;
+	unsigned int mask;
 
 	if (!bdev)
 		return Z_EROFS_DIO_NO_BDEV;
-	if ((iocb->ki_pos | iov_iter_count(to)) &
-	    (bdev_logical_block_size(bdev) - 1))
+	mask = bdev_logical_block_size(bdev) - 1;
+	if ((iocb->ki_pos | iov_iter_count(to)) & mask)
 		return Z_EROFS_DIO_MISALIGNED;
 	if (iov_iter_alignment(to) & bdev_dma_alignment(bdev))
 		return Z_EROFS_DIO_MISALIGNED;
-	if (z_erofs_dio_overlap(to))
-		return Z_EROFS_DIO_OVERLAP;
-	return Z_EROFS_DIO_DIRECT;
+	return z_erofs_dio_vector(to, mask);
 }
 
 /**
@@ -790,14 +850,14 @@ static enum z_erofs_dio_path z_erofs_dio_path(struct kiocb *iocb,
  *
  * Pclusters are decoded into the pages of @to.  Requests which are less aligned
  * than the device demands, and what can't be decoded there for other reasons,
- * are served from the page cache and dropped behind; trace_erofs_dio_read()
- * tells about each of them.
+ * are served from the page cache and, unless they are small, dropped behind;
+ * trace_erofs_dio_read() tells about each of them.
  *
  * Context: Process context, may sleep; no locks are held.
  * Return: Number of bytes read, 0 at EOF, or a negative error code: -EFAULT if
  * @to can't be written, -EIO if the device failed or the data is corrupted,
- * -ENOMEM if even iomap can't allocate.  On errors the contents of @to are
- * undefined.
+ * -ENOMEM if even iomap can't allocate, -EINTR if the task has been killed.  On
+ * errors the contents of @to are undefined.
  */
 ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 {
@@ -821,15 +881,19 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 		iov_iter_truncate(to, round_up(size, bs) - iocb->ki_pos);
 		behind -= iov_iter_count(to);
 		ret = iomap_dio_rw(iocb, to, &z_erofs_dio_iomap_ops,
-				   &z_erofs_dio_ops, 0, iocb, 0);
+				   &z_erofs_dio_ops, IOMAP_DIO_FORCE_WAIT,
+				   iocb, 0);
 		iov_iter_reexpand(to, iov_iter_count(to) + behind);
 		if (ret < 0 || iocb->ki_pos >= size || !iov_iter_count(to))
 			return ret;
+		if (fatal_signal_pending(current))
+			return ret ?: -EINTR;
 		/* no memory for the next window */
 		trace_erofs_dio_read(inode, iocb->ki_pos, iov_iter_count(to),
 				     Z_EROFS_DIO_NOMEM);
 	}
-	iocb->ki_flags |= IOCB_DONTCACHE;
+	if (iov_iter_count(to) >= Z_EROFS_DIO_DONTCACHE)
+		iocb->ki_flags |= IOCB_DONTCACHE;
 	ret = filemap_read(iocb, to, ret);
 	iocb->ki_flags = flags;
 	return ret;

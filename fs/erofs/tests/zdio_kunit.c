@@ -26,6 +26,9 @@ static void zdio_cut_test(struct kunit *test)
 		{ 8192, 8192, 1 << 21, 4096, 1 << 21 },
 		{ 8192, 1, (1 << 21) + 1, 4096, (1 << 21) + 4096 },
 		{ 512, 0, 4097, 4096, 8192 },
+		/* inconsistent indexes: the extent doesn't cover anything */
+		{ 65536, 0, 4096, 4096, 65536 + SZ_1M },
+		{ 65536, 65536, 65536, 4096, 65536 + SZ_1M },
 		/* 32 bits don't suffice */
 		{ 5LL << 32, (5LL << 32) + 1, 6LL << 32, 4096,
 		  (5LL << 32) + 4096 },
