@@ -15,7 +15,7 @@ from ui import (FULL, Failure, cache_dir, digest, entry, growing, locked, output
 TOOLS = ("python3-tqdm", "gcc", "g++", "make", "bc", "bison", "flex", "libelf-dev", "patch", "cpio",
          "xz-utils", "busybox-static", "dpkg-dev", "autoconf", "automake", "libtool", "pkg-config",
          "liblz4-dev", "liblzma-dev", "libdeflate-dev", "zlib1g-dev", "libzstd-dev", "uuid-dev",
-         "python3-xxhash")
+         "python3-xxhash", "libcli11-dev", "libxxhash-dev", "nlohmann-json3-dev")
 
 
 class Gone(Failure):

@@ -12,7 +12,7 @@ NAMES = ("dio_read", "dio_speed")
 
 
 def programs() -> list[Path]:
-    apt.ensure("libcli11-dev", "libxxhash-dev", "nlohmann-json3-dev")
+    apt.ensure()
     sources = [SOURCE / "Makefile", *sorted(SOURCE.glob("*.[ch]pp"))]
 
     def make(work: Path) -> None:
