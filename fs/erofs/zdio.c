@@ -22,8 +22,8 @@
 
 /* Destination bytes which are pinned and decoded together */
 #define Z_EROFS_DIO_WINDOW		SZ_1M
-/* Extents which are read and decoded together */
-#define Z_EROFS_DIO_MAX_EXTENTS		256
+/* Extents which are read and decoded together; fills 8KiB with the window */
+#define Z_EROFS_DIO_MAX_EXTENTS		248
 /* .. and their compressed pages; the last pcluster may go beyond */
 #define Z_EROFS_DIO_MAX_INPAGES		(SZ_1M / PAGE_SIZE)
 /* What is dropped behind smaller requests would be decoded over and over */

@@ -31,6 +31,7 @@ constexpr size_t kGuard = 2 * kPage;
 constexpr size_t kMiB = 1 << 20;
 constexpr size_t kArena = 40 * kMiB;
 const fs::path kTracing = "/sys/kernel/tracing";
+const fs::path kFaults = "/sys/kernel/debug/fail_page_alloc";
 
 struct Segment {
 	size_t at; // distance from a page boundary of the arena
@@ -139,6 +140,31 @@ Target open_target(const fs::path &mount, const fs::path &truth, const std::stri
 			    std::to_string(info.stx_size));
 	return target;
 }
+
+// How the kernel says that it has served requests.
+class PathTrace
+{
+public:
+	static bool available() { return fs::exists(event()); }
+	PathTrace() { std::ofstream(event()) << 1; }
+	PathTrace(const PathTrace &) = delete;
+	PathTrace &operator=(const PathTrace &) = delete;
+	~PathTrace() { std::ofstream(event()) << 0; }
+
+	static void forget() { std::ofstream(kTracing / "trace", std::ios::trunc); }
+	static std::set<std::string> taken()
+	{
+		std::ifstream trace(kTracing / "trace");
+		std::set<std::string> paths;
+		for (std::string line; std::getline(trace, line);)
+			if (line.find(" erofs_dio_read: ") != line.npos)
+				paths.insert(line.substr(line.rfind(' ') + 1));
+		return paths;
+	}
+
+private:
+	static fs::path event() { return kTracing / "events/erofs/erofs_dio_read/enable"; }
+};
 
 class Tester
 {
@@ -254,10 +280,9 @@ public:
 	// Buffered reads that are dropped behind return the same bytes and leave nothing, either.
 	Result paths_taken()
 	{
-		const auto event = kTracing / "events/erofs/erofs_dio_read/enable";
-		if (!fs::exists(event))
+		if (!PathTrace::available())
 			return "the kernel has no event erofs_dio_read";
-		std::ofstream(event) << 1;
+		const PathTrace trace;
 		const auto before = reads_;
 		for (const auto &target : targets_) {
 			if (!target.compressed || !target.size())
@@ -273,7 +298,6 @@ public:
 			expect_path(target, 0, {{1, block}}, "misaligned");
 			expect_path(target, 0, {{0, 2 * block}, {512, 2 * block}}, "overlap");
 		}
-		std::ofstream(event) << 0;
 		return reads_ == before ? Result("no file of this image is compressed") : Result();
 	}
 
@@ -424,6 +448,81 @@ public:
 			expect_value(target, "cached pages after", 0, cached_pages(target.fd));
 		}
 		return reads_ == before ? Result("no file of this image is compressed") : Result();
+	}
+
+	// Decoders write transient bytes; what another filesystem may write back must be final.
+	Result private_folios(const fs::path &directory)
+	{
+		const auto *target = compressed();
+		if (!target)
+			return "no file of this image is compressed";
+		if (directory.empty() || !PathTrace::available())
+			return "needs --private and the event erofs_dio_read";
+		const auto path = directory / "destination";
+		constexpr size_t kLength = 64 * kPage;
+		const Fd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600),
+			    path.string());
+		// written, not just mapped: its folios get their private data that way
+		if (::pwrite(fd, pattern_.data(), kLength, 0) != static_cast<ssize_t>(kLength))
+			throw Error(path.string(), 0, "a written file", errno_text(errno));
+		const Mapping map(kLength, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
+		const auto bytes = map.bytes();
+		const auto length = std::min(kLength - 2 * kPage, target->aligned_size());
+		const auto want = target->expect(0, length);
+		const PathTrace trace;
+		PathTrace::forget();
+		++reads_;
+		expect_value(
+			*target, "bytes read", want.size(),
+			static_cast<size_t>(::pread(target->fd, bytes.data() + kPage, length, 0)));
+		if (!PathTrace::taken().contains("private"))
+			throw Error(target->path.string(), 0, "private", "no such event");
+		expect_bytes(*target, 0, bytes.data() + kPage, want.size());
+		const auto end = kPage + want.size();
+		if (std::memcmp(bytes.data(), pattern_.data(), kPage) ||
+		    std::memcmp(bytes.data() + end, pattern_.data() + end, kLength - end))
+			throw Error(path.string(), 0, "untouched bytes around the destination",
+				    "changed ones");
+		return {};
+	}
+
+	// One page cannot be had: which one, depends on how many come before.
+	Result no_memory()
+	{
+		const auto *target = compressed();
+		if (!target)
+			return "no file of this image is compressed";
+		if (!fs::exists(kFaults) || !PathTrace::available())
+			return "the kernel has no fault injection, or no event erofs_dio_read";
+		for (const auto &[name, value] : {std::pair{"probability", 100},
+						  {"interval", 1},
+						  {"verbose", 0},
+						  {"ignore-gfp-wait", 0},
+						  {"ignore-gfp-highmem", 0},
+						  {"min-order", 0},
+						  {"task-filter", 1}})
+			std::ofstream(kFaults / name) << value;
+		const Fd fail("/proc/self/make-it-fail", O_WRONLY);
+		const PathTrace trace;
+		PathTrace::forget();
+		for (size_t i = 0; i < 20; ++i) {
+			refill();
+			std::ofstream(kFaults / "space") << i;
+			std::ofstream(kFaults / "times") << 1;
+			const bool on = ::pwrite(fail, "1", 1, 0) == 1;
+			const auto got = ::pread(target->fd, aligned(), kMiB, 0);
+			const bool off = ::pwrite(fail, "0", 1, 0) == 1;
+			++reads_;
+			if (!on || !off)
+				throw Error("/proc/self/make-it-fail", 0, "a switch",
+					    errno_text(errno));
+			expect_value(*target, "bytes read", std::min(kMiB, target->size()),
+				     static_cast<size_t>(got));
+			expect_bytes(*target, 0, aligned(), static_cast<size_t>(got));
+		}
+		if (!PathTrace::taken().contains("nomem"))
+			throw Error(target->path.string(), 0, "nomem", "no such event");
+		return {};
 	}
 
 	Result random_calls(size_t count)
@@ -641,16 +740,21 @@ private:
 			 const std::string &path)
 	{
 		const Call call{target.name, offset, segments};
-		std::ofstream(kTracing / "trace", std::ios::trunc);
+		PathTrace::forget();
 		check(target, call);
-		std::ifstream trace(kTracing / "trace");
-		std::set<std::string> taken;
-		for (std::string line; std::getline(trace, line);)
-			if (line.find(" erofs_dio_read: ") != line.npos)
-				taken.insert(line.substr(line.rfind(' ') + 1));
+		const auto taken = PathTrace::taken();
 		if (taken != std::set{path})
 			fail(call, Error(target.path.string(), static_cast<off_t>(offset), path,
 					 taken.empty() ? "no event" : *taken.begin()));
+	}
+
+	const Target *compressed() const
+	{
+		const Target *found = nullptr;
+		for (const auto &target : targets_)
+			if (target.compressed && (!found || target.size() > found->size()))
+				found = &target;
+		return found;
 	}
 
 	static size_t free_pages()
@@ -765,7 +869,8 @@ private:
 	size_t reads_ = 0;
 };
 
-bool run_all(Tester &tester, const std::string &name, uint64_t seed, size_t count)
+bool run_all(Tester &tester, const std::string &name, uint64_t seed, size_t count,
+	     const fs::path &directory)
 {
 	const std::vector<std::pair<std::string_view, std::function<Result()>>> groups{
 		// first, since buffered reads may leave readahead in flight
@@ -782,6 +887,8 @@ bool run_all(Tester &tester, const std::string &name, uint64_t seed, size_t coun
 		{"bad_addresses", [&] { return tester.bad_addresses(); }},
 		{"same_page_twice", [&] { return tester.same_page_twice(); }},
 		{"racing_writer", [&] { return tester.racing_writer(); }},
+		{"private_folios", [&] { return tester.private_folios(directory); }},
+		{"no_memory", [&] { return tester.no_memory(); }},
 		{"random_calls", [&] { return tester.random_calls(count); }},
 		{"memory_returned", [&] { return tester.memory_returned(); }},
 		{"pins_released", [&] { return tester.pins_released(); }},
@@ -807,11 +914,13 @@ bool run_all(Tester &tester, const std::string &name, uint64_t seed, size_t coun
 int main(int argc, char **argv)
 {
 	CLI::App app{"Direct reads of a mounted EROFS image against the files it was made from"};
-	std::string mount, truth, name = "dio_read", spec;
+	std::string mount, truth, name = "dio_read", spec, directory;
 	uint64_t seed = 1;
 	size_t count = 300;
 	app.add_option("--mount", mount, "where the image is mounted")->required();
 	app.add_option("--truth", truth, "directory with the same files")->required();
+	app.add_option("--private", directory,
+		       "a directory of a filesystem that keeps private data in folios");
 	app.add_option("--name", name, "name of the suite in the KTAP output");
 	app.add_option("--seed", seed, "seed of the random calls");
 	app.add_option("--random", count, "number of random calls");
@@ -820,7 +929,7 @@ int main(int argc, char **argv)
 	try {
 		Tester tester(mount, truth, seed);
 		if (spec.empty())
-			return run_all(tester, name, seed, count) ? 0 : 1;
+			return run_all(tester, name, seed, count, directory) ? 0 : 1;
 		tester.replay(parse_spec(spec));
 		ktap::line("the bytes are right");
 		return 0;
