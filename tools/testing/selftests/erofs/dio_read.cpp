@@ -97,6 +97,7 @@ struct Target {
 	std::vector<std::byte> truth;
 	size_t block;
 	bool compressed;
+	bool packed; // as a whole, together with other files
 
 	size_t size() const { return truth.size(); }
 	std::span<const std::byte> expect(size_t offset, size_t length) const
@@ -134,7 +135,8 @@ Target open_target(const fs::path &mount, const fs::path &truth, const std::stri
 		      std::move(fd),
 		      slurp(truth / name),
 		      info.stx_blksize,
-		      (info.stx_attributes & STATX_ATTR_COMPRESSED) != 0};
+		      (info.stx_attributes & STATX_ATTR_COMPRESSED) != 0,
+		      info.stx_blocks == 0};
 	if (info.stx_size != target.size())
 		throw Error(path.string(), 0, std::to_string(target.size()) + " bytes",
 			    std::to_string(info.stx_size));
@@ -455,7 +457,7 @@ public:
 	{
 		const auto *target = compressed();
 		if (!target)
-			return "no file of this image is compressed";
+			return "no file of this image has compressed data of its own";
 		if (directory.empty() || !PathTrace::available())
 			return "needs --private and the event erofs_dio_read";
 		const auto path = directory / "destination";
@@ -491,7 +493,7 @@ public:
 	{
 		const auto *target = compressed();
 		if (!target)
-			return "no file of this image is compressed";
+			return "no file of this image has compressed data of its own";
 		if (!fs::exists(kFaults) || !PathTrace::available())
 			return "the kernel has no fault injection, or no event erofs_dio_read";
 		for (const auto &[name, value] : {std::pair{"probability", 100},
@@ -752,7 +754,8 @@ private:
 	{
 		const Target *found = nullptr;
 		for (const auto &target : targets_)
-			if (target.compressed && (!found || target.size() > found->size()))
+			if (target.compressed && !target.packed &&
+			    (!found || target.size() > found->size()))
 				found = &target;
 		return found;
 	}
