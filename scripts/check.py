@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import vehicle
-from images import check_images
+from images import check_images, damage
 from kernel import Kernel, kernel
 from programs import programs
 from ui import REPO, Failure, main, say, step
 
 TIMEOUT = 300
+DAMAGED = ("lz4-4k", "lzma-64k", "zstd-64k")
 CLOCK = re.compile(r"^\[ *\d+\.\d{6}\] ")
 VERSION = re.compile(r"^K?TAP version \d+$")
 PLAN = re.compile(r"^1\.\.(\d+)")
@@ -147,6 +148,12 @@ def all_tests() -> list[Test]:
                   "mount -t erofs -o ro /dev/ubda /mnt\n"
                   f"dio_read --private /tmp/ext2 --name {image.name} --mount /mnt "
                   f"--truth /host{image.data.truth} || true\n")
+            if image.name in DAMAGED:
+                broken = damage(image)
+                guest(tests, broken.name, built, programs=tools, disks=[broken.path],
+                      script="mount -t erofs -o ro /dev/ubda /mnt\n"
+                      f"dio_read --damaged --name {broken.name} --mount /mnt "
+                      f"--truth /host{image.data.truth} || true\n")
     return tests
 
 

@@ -9,7 +9,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,18 @@ def make_image(data: Data, options: str) -> Path:
 
     key = digest(version, options, str(data.truth), data.listing)
     return entry("image", key, make, check) / "image.erofs"
+
+
+def damage(image: Image) -> Image:
+    """The same image with nonsense in the middle, where there is compressed data."""
+    def make(work: Path) -> None:
+        data = bytearray(image.path.read_bytes())
+        middle = len(data) // 2
+        data[middle:middle + 65536] = b"\xff" * 65536
+        (work / "image.erofs").write_bytes(data)
+
+    made = entry("image", digest("damaged", image.path), make)
+    return replace(image, name=f"{image.name}-damaged", path=made / "image.erofs")
 
 
 def run_images() -> list[Image]:

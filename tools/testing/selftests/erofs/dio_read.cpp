@@ -527,6 +527,51 @@ public:
 		return {};
 	}
 
+	// Of an image with damaged data: an error, or what a buffered read returns; no stale bytes.
+	Result damage()
+	{
+		constexpr size_t kStep = 64 * 1024;
+		size_t errors = 0;
+		for (const auto &target : targets_) {
+			const Fd buffered(target.path, O_RDONLY);
+			std::vector<std::byte> other(kStep);
+			for (size_t offset = 0; offset < target.size(); offset += kStep) {
+				const auto at = static_cast<off_t>(offset);
+				const auto whole = target.expect(offset, kStep).size();
+				refill();
+				++reads_;
+				const auto got = ::pread(target.fd, aligned(), kStep, at);
+				const int code = got < 0 ? errno : 0;
+				size_t want = 0;
+				for (ssize_t more = 1; more > 0 && want < whole;
+				     want += static_cast<size_t>(std::max<ssize_t>(more, 0)))
+					more = ::pread(buffered, other.data() + want, whole - want,
+						       at + static_cast<off_t>(want));
+				if (got < 0) {
+					++errors;
+					if (code != EIO || want == whole)
+						throw Error(target.path.string(), at,
+							    want == whole ? "data" : "EIO",
+							    errno_text(code));
+					continue;
+				}
+				expect_value(target, "bytes read", whole, static_cast<size_t>(got));
+				if (std::memcmp(aligned(), other.data(), want))
+					throw Error(target.path.string(), at, "what is buffered",
+						    "other bytes");
+				for (size_t i = 0; i + 512 <= whole; i += 512)
+					if (!std::memcmp(aligned() + i,
+							 pattern_.data() + kGuard + i, 512))
+						throw Error(target.path.string(),
+							    at + static_cast<off_t>(i),
+							    "data or an error", "stale bytes");
+			}
+		}
+		if (!errors)
+			throw Error("the image", 0, "data that cannot be decoded", "none");
+		return {};
+	}
+
 	Result random_calls(size_t count)
 	{
 		for (size_t i = 0; i < count; ++i) {
@@ -873,9 +918,9 @@ private:
 };
 
 bool run_all(Tester &tester, const std::string &name, uint64_t seed, size_t count,
-	     const fs::path &directory)
+	     const fs::path &directory, bool damaged)
 {
-	const std::vector<std::pair<std::string_view, std::function<Result()>>> groups{
+	std::vector<std::pair<std::string_view, std::function<Result()>>> groups{
 		// first, since buffered reads may leave readahead in flight
 		{"nothing_cached", [&] { return tester.nothing_cached(); }},
 		{"nothing_kept", [&] { return tester.nothing_kept(); }},
@@ -896,6 +941,8 @@ bool run_all(Tester &tester, const std::string &name, uint64_t seed, size_t coun
 		{"memory_returned", [&] { return tester.memory_returned(); }},
 		{"pins_released", [&] { return tester.pins_released(); }},
 	};
+	if (damaged)
+		groups = {{"damage", [&] { return tester.damage(); }}, groups.back()};
 	std::vector<ktap::Case> cases;
 	for (const auto &[group, body] : groups)
 		cases.push_back({group, [&tester, body] {
@@ -920,8 +967,10 @@ int main(int argc, char **argv)
 	std::string mount, truth, name = "dio_read", spec, directory;
 	uint64_t seed = 1;
 	size_t count = 300;
+	bool damaged = false;
 	app.add_option("--mount", mount, "where the image is mounted")->required();
 	app.add_option("--truth", truth, "directory with the same files")->required();
+	app.add_flag("--damaged", damaged, "the image has been damaged: reads may fail");
 	app.add_option("--private", directory,
 		       "a directory of a filesystem that keeps private data in folios");
 	app.add_option("--name", name, "name of the suite in the KTAP output");
@@ -932,7 +981,7 @@ int main(int argc, char **argv)
 	try {
 		Tester tester(mount, truth, seed);
 		if (spec.empty())
-			return run_all(tester, name, seed, count, directory) ? 0 : 1;
+			return run_all(tester, name, seed, count, directory, damaged) ? 0 : 1;
 		tester.replay(parse_spec(spec));
 		ktap::line("the bytes are right");
 		return 0;
