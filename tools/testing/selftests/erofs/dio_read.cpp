@@ -12,7 +12,9 @@
 #include <thread>
 
 #include <CLI/CLI.hpp>
+#include <linux/fiemap.h>
 #include <linux/stat.h>
+#include <sys/ioctl.h>
 #include <sys/uio.h>
 #include <sys/utsname.h>
 
@@ -123,6 +125,19 @@ std::vector<std::byte> slurp(const fs::path &path)
 	return data;
 }
 
+// What is in the packed inode has no place of its own.
+bool packed_as_a_whole(int fd)
+{
+	alignas(fiemap) std::array<std::byte, sizeof(fiemap) + sizeof(fiemap_extent)> space{};
+	auto *const map = reinterpret_cast<fiemap *>(space.data());
+	map->fm_length = FIEMAP_MAX_OFFSET;
+	map->fm_extent_count = 1;
+	// FS_IOC_FIEMAP, but <linux/fs.h> does not go with <sys/mount.h> of glibc 2.36
+	if (::ioctl(fd, _IOWR('f', 11, fiemap), map))
+		throw Error("FS_IOC_FIEMAP", 0, "success", errno_text(errno));
+	return map->fm_mapped_extents && !map->fm_extents[0].fe_physical;
+}
+
 Target open_target(const fs::path &mount, const fs::path &truth, const std::string &name)
 {
 	const auto path = mount / name;
@@ -130,13 +145,14 @@ Target open_target(const fs::path &mount, const fs::path &truth, const std::stri
 	struct statx info;
 	if (::statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &info))
 		throw Error(path.string(), 0, "statx", errno_text(errno));
+	const bool packed = packed_as_a_whole(fd);
 	Target target{name,
 		      path,
 		      std::move(fd),
 		      slurp(truth / name),
 		      info.stx_blksize,
 		      (info.stx_attributes & STATX_ATTR_COMPRESSED) != 0,
-		      info.stx_blocks == 0};
+		      packed};
 	if (info.stx_size != target.size())
 		throw Error(path.string(), 0, std::to_string(target.size()) + " bytes",
 			    std::to_string(info.stx_size));
