@@ -23,13 +23,46 @@
 /* Destination bytes which are pinned and decoded together */
 #define Z_EROFS_DIO_WINDOW		SZ_1M
 /* Extents which are read and decoded together; fills 8KiB with the window */
-#define Z_EROFS_DIO_MAX_EXTENTS		248
+#define Z_EROFS_DIO_MAX_EXTENTS		236
 /* .. and their compressed pages; the last pcluster may go beyond */
-#define Z_EROFS_DIO_MAX_INPAGES		(SZ_1M / PAGE_SIZE)
+#define Z_EROFS_DIO_MAX_INPAGES		(SZ_512K / PAGE_SIZE)
+/* Those of an extent are consecutive if there are no more, and such are free */
+#define Z_EROFS_DIO_MAX_RUN		(SZ_128K / PAGE_SIZE)
+/* Windows of a request whose compressed data is read or decoded by now */
+#define Z_EROFS_DIO_STAGED		2
+/* Asynchronous requests are pinned as a whole, thus wait for larger ones */
+#define Z_EROFS_DIO_MAX_ASYNC		SZ_32M
+/* Another CPU is asked to help for so many bytes, unless there are enough */
+#define Z_EROFS_DIO_HELP		SZ_128K
+#define Z_EROFS_DIO_MAX_HELPERS		7
+/* The distance of LZ4 matches is less than 64KiB */
+#define Z_EROFS_DIO_LZ4_PAGES		(SZ_64K / PAGE_SIZE + 1)
 /* What is dropped behind smaller requests would be decoded over and over */
 #define Z_EROFS_DIO_DONTCACHE		SZ_128K
 
+/* What is kept for a sequential reader behind its last request */
+#define Z_EROFS_DIO_KEEP		SZ_1M
+/* .. and this part of all memory for all of them */
+#define Z_EROFS_DIO_MAX_KEPT		256
+
+/*
+ * Decoded bytes behind the last request of a file.  @busy belongs to a request,
+ * the rest of them do without; it is only ever tried, never waited for.
+ */
+struct z_erofs_dio_keep {
+	unsigned long busy;
+	struct list_head lru;
+	loff_t next;			/* where a sequential reader goes on */
+	loff_t pos, end;		/* the first page has the byte at @pos */
+	struct page *pages[Z_EROFS_DIO_KEEP / PAGE_SIZE + 1];
+};
+
+static LIST_HEAD(z_erofs_dio_kept);
+static DEFINE_SPINLOCK(z_erofs_dio_kept_lock);
+static unsigned long z_erofs_dio_nr_kept;
+static struct shrinker *z_erofs_dio_shrinker;
 static struct bio_set z_erofs_dio_bioset;
+static struct workqueue_struct *z_erofs_dio_workqueue;
 
 /*
  * Bytes of the destination which follow each other in memory, apart from page
@@ -63,26 +96,62 @@ struct z_erofs_dio_extent {
 	erofs_off_t la, pa;
 	unsigned int len;		/* bytes to decode from @la on */
 	unsigned int plen;
-	unsigned int in;		/* index of the first compressed page */
+	unsigned short in, inpages;	/* the compressed pages */
 	unsigned short flags;		/* EROFS_MAP_* */
 	unsigned char alg;
-	bool partial;
+	bool partial : 1;
+	bool plain : 1;			/* the device fills the destination */
+	bool keep : 1;			/* what goes beyond the window */
+};
+
+/* A request; gone before the last bio of it is completed */
+struct z_erofs_dio_req {
+	struct file *file;		/* to read what can't be done directly */
+	struct z_erofs_dio_keep *keep;	/* what it may use */
+	bool sequential;
+	bool async;
+	loff_t end;
+	refcount_t ref;			/* one per window and the submitter's */
+
+	spinlock_t lock;		/* of the two below, if asynchronous */
+	unsigned int nr_staged;
+	/* synchronous: windows that are staged; asynchronous: those to come */
+	struct list_head windows;
+};
+
+struct z_erofs_dio_helper {
+	struct work_struct work;
+	struct z_erofs_dio_window *w;
 };
 
 struct z_erofs_dio_window {
+	struct z_erofs_dio_req *req;
+	struct list_head link;
 	struct inode *inode;
-	struct file *file;
 	loff_t pos, end;		/* end is exclusive and never behind EOF */
+	loff_t rest;			/* from here on it has been staged */
+	int err;
 	struct bio_list bios;		/* the destination, in file order */
 	struct z_erofs_dio_dest dest;
 
 	struct page **in;		/* compressed pages */
 	struct page *pagepool;
 	unsigned int nr_in, max_in;
+	unsigned int nr_plain;		/* destination pages to be read */
 
+	struct bio *bio;		/* to be filled with more of them */
+	struct erofs_device_info *dif;	/* .. from this device */
 	atomic_t pending;		/* compressed bios in flight + 1 */
-	struct completion done;
-	blk_status_t status;		/* of the first failed compressed bio */
+	blk_status_t status;		/* of one that failed */
+	union {
+		struct completion done;		/* synchronous */
+		struct work_struct work;	/* asynchronous */
+	};
+
+	atomic_t todo;			/* extents nobody has taken so far */
+	atomic_t busy;			/* helpers which may take some + 1 */
+	struct completion helped;
+	struct z_erofs_dio_helper helper[Z_EROFS_DIO_MAX_HELPERS];
 
 	/* in descending order, as they have been looked up */
 	unsigned int nr_ext, max_ext;
@@ -156,6 +225,14 @@ static struct z_erofs_dio_seg *z_erofs_dio_seg(const struct z_erofs_dio_dest *d,
 	return d->segs + l;
 }
 
+/* .. as it would be in the page cache, without any destination page */
+static void z_erofs_dio_lay_aside(loff_t la, unsigned int len,
+				  struct z_erofs_dio_layout *lo)
+{
+	*lo = (struct z_erofs_dio_layout) { .pageofs = offset_in_page(la) };
+	lo->nr = PAGE_ALIGN(lo->pageofs + len) >> PAGE_SHIFT;
+}
+
 /*
  * Lay out the extent [@la, @la + @len), of which the bytes from @from on are
  * wanted (@from is in the destination), so that as many pages as possible of
@@ -173,10 +250,7 @@ static void z_erofs_dio_lay_out(const struct z_erofs_dio_dest *d, loff_t la,
 
 	lo->pageofs = base & ~PAGE_MASK;
 	if ((lo->pageofs ^ la) & mask) {
-		lo->pageofs = la & ~PAGE_MASK;
-		lo->nr = PAGE_ALIGN(lo->pageofs + len) >> PAGE_SHIFT;
-		lo->direct = 0;
-		lo->edirect = 0;
+		z_erofs_dio_lay_aside(la, len, lo);
 		return;
 	}
 	lo->nr = PAGE_ALIGN(lo->pageofs + len) >> PAGE_SHIFT;
@@ -189,28 +263,35 @@ static void z_erofs_dio_lay_out(const struct z_erofs_dio_dest *d, loff_t la,
 	lo->page = (base >> PAGE_SHIFT) + lo->direct;
 }
 
+/* The memory of the file byte at @pos and what follows of @len in its page */
+static struct bio_vec z_erofs_dio_bvec(const struct z_erofs_dio_dest *d,
+				       loff_t pos, unsigned int len)
+{
+	const struct z_erofs_dio_seg *seg = z_erofs_dio_seg(d, pos);
+	unsigned int skip = pos - seg->pos, cur = seg->base + skip;
+	struct bio_vec bv = {
+		.bv_page = d->pages[cur >> PAGE_SHIFT],
+		.bv_offset = offset_in_page(cur),
+	};
+
+	bv.bv_len = min3(len, seg->len - skip,
+			 (unsigned int)PAGE_SIZE - bv.bv_offset);
+	return bv;
+}
+
 /* Copy to the destination, or clear it if there is no @src */
 static void z_erofs_dio_copy(const struct z_erofs_dio_dest *d, loff_t pos,
 			     const void *src, unsigned int len)
 {
-	const struct z_erofs_dio_seg *seg = z_erofs_dio_seg(d, pos);
-	unsigned int skip = pos - seg->pos, cur, n;
+	struct bio_vec bv;
 
-	for (; len; len -= n, skip += n) {
-		if (skip == seg->len) {
-			++seg;
-			skip = 0;
-		}
-		cur = seg->base + skip;
-		n = min3(len, seg->len - skip,
-			 (unsigned int)(PAGE_SIZE - offset_in_page(cur)));
+	for (; len; len -= bv.bv_len, pos += bv.bv_len) {
+		bv = z_erofs_dio_bvec(d, pos, len);
 		if (src) {
-			memcpy_to_page(d->pages[cur >> PAGE_SHIFT],
-				       offset_in_page(cur), src, n);
-			src += n;
+			memcpy_to_bvec(&bv, src);
+			src += bv.bv_len;
 		} else {
-			memzero_page(d->pages[cur >> PAGE_SHIFT],
-				     offset_in_page(cur), n);
+			memzero_bvec(&bv);
 		}
 	}
 }
@@ -250,28 +331,239 @@ static int z_erofs_dio_gather(struct z_erofs_dio_window *w)
 	return 0;
 }
 
-/* Look up extents backwards from *@end until there are enough to work on */
-static int z_erofs_dio_map(struct z_erofs_dio_window *w, loff_t *end)
+static void z_erofs_dio_copy_page(const struct z_erofs_dio_dest *d, loff_t pos,
+				  struct page *page, unsigned int len)
+{
+	void *src = kmap_local_page(page);
+
+	z_erofs_dio_copy(d, pos, src + offset_in_page(pos), len);
+	kunmap_local(src);
+}
+
+static unsigned int z_erofs_dio_nr_pages(struct z_erofs_dio_keep *k)
+{
+	return k->end ? ((k->end - 1) >> PAGE_SHIFT) -
+			(k->pos >> PAGE_SHIFT) + 1 : 0;
+}
+
+static struct page *z_erofs_dio_kept_page(struct z_erofs_dio_keep *k,
+					  loff_t pos)
+{
+	return k->pages[(pos >> PAGE_SHIFT) - (k->pos >> PAGE_SHIFT)];
+}
+
+/* Nothing is kept any more; the pages are the caller's */
+static unsigned int z_erofs_dio_forget(struct z_erofs_dio_keep *k)
+{
+	unsigned int nr = z_erofs_dio_nr_pages(k);
+
+	lockdep_assert_held(&z_erofs_dio_kept_lock);
+	k->pos = 0;
+	k->end = 0;
+	list_del_init(&k->lru);
+	z_erofs_dio_nr_kept -= nr;
+	return nr;
+}
+
+static void z_erofs_dio_drop(struct z_erofs_dio_keep *k)
+{
+	unsigned int nr;
+
+	spin_lock(&z_erofs_dio_kept_lock);
+	nr = z_erofs_dio_forget(k);
+	spin_unlock(&z_erofs_dio_kept_lock);
+	release_pages(k->pages, nr);
+}
+
+/*
+ * Take over pages which have been decoded behind the end of a request, unless
+ * too many are kept already.
+ */
+static bool z_erofs_dio_keep_pages(struct z_erofs_dio_keep *k, loff_t pos,
+				   loff_t end, struct page **pages)
+{
+	bool room;
+
+	z_erofs_dio_drop(k);
+	spin_lock(&z_erofs_dio_kept_lock);
+	room = z_erofs_dio_nr_kept < totalram_pages() / Z_EROFS_DIO_MAX_KEPT;
+	if (room) {
+		k->pos = pos;
+		k->end = end;
+		memcpy(k->pages, pages,
+		       z_erofs_dio_nr_pages(k) * sizeof(*pages));
+		list_add_tail(&k->lru, &z_erofs_dio_kept);
+		z_erofs_dio_nr_kept += z_erofs_dio_nr_pages(k);
+	}
+	spin_unlock(&z_erofs_dio_kept_lock);
+	return room;
+}
+
+static unsigned long z_erofs_dio_shrink_count(struct shrinker *shrink,
+					      struct shrink_control *sc)
+{
+	return READ_ONCE(z_erofs_dio_nr_kept);
+}
+
+static unsigned long z_erofs_dio_shrink_scan(struct shrinker *shrink,
+					     struct shrink_control *sc)
+{
+	struct z_erofs_dio_keep *k, *n;
+	unsigned long freed = 0;
+	unsigned int nr;
+
+	spin_lock(&z_erofs_dio_kept_lock);
+	list_for_each_entry_safe(k, n, &z_erofs_dio_kept, lru) {
+		if (test_and_set_bit_lock(0, &k->busy))
+			continue;
+		nr = z_erofs_dio_forget(k);
+		release_pages(k->pages, nr);
+		freed += nr;
+		clear_bit_unlock(0, &k->busy);
+		if (freed >= sc->nr_to_scan)
+			break;
+	}
+	spin_unlock(&z_erofs_dio_kept_lock);
+	return freed ?: SHRINK_STOP;
+}
+
+static bool z_erofs_dio_copy_kept(struct z_erofs_dio_window *w, loff_t pos,
+				  loff_t end)
+{
+	struct z_erofs_dio_keep *k = w->req->keep;
+	unsigned int len;
+
+	if (!k || pos < k->pos || end > k->end)
+		return false;
+	for (; pos < end; pos += len) {
+		len = min_t(loff_t, end - pos, PAGE_SIZE - offset_in_page(pos));
+		z_erofs_dio_copy_page(&w->dest, pos,
+				      z_erofs_dio_kept_page(k, pos), len);
+	}
+	return true;
+}
+
+/* The page cache never differs, and copying is cheaper than decoding */
+static bool z_erofs_dio_copy_cached(struct z_erofs_dio_window *w, loff_t pos,
+				    loff_t end)
+{
+	struct address_space *mapping = w->req->file->f_mapping;
+	struct folio *folio;
+	struct page *page;
+	unsigned int len;
+	bool found = READ_ONCE(mapping->nrpages);
+
+	for (; found && pos < end; pos += len) {
+		folio = filemap_get_folio(mapping, pos >> PAGE_SHIFT);
+		if (IS_ERR(folio))
+			return false;
+		len = min_t(loff_t, end - pos, PAGE_SIZE - offset_in_page(pos));
+		found = folio_test_uptodate(folio);
+		page = folio_file_page(folio, pos >> PAGE_SHIFT);
+		if (found)
+			z_erofs_dio_copy_page(&w->dest, pos, page, len);
+		folio_put(folio);
+	}
+	return found;
+}
+
+/*
+ * Which device can read plain blocks straight into the destination: they have
+ * to be at the same place in both, in memory that suits it block by block.
+ */
+static struct erofs_device_info *
+z_erofs_dio_plain_dev(struct z_erofs_dio_window *w,
+		      const struct erofs_map_blocks *map, loff_t from)
+{
+	struct super_block *sb = w->inode->i_sb;
+	struct erofs_map_dev mdev = { .m_pa = map->m_pa };
+	const struct z_erofs_dio_seg *seg;
+	unsigned int mask;
+
+	if ((map->m_flags & (EROFS_MAP_MAPPED | EROFS_MAP_META |
+			     EROFS_MAP_FRAGMENT)) != EROFS_MAP_MAPPED ||
+	    erofs_is_fileio_mode(EROFS_SB(sb)) ||
+	    w->rest - map->m_la > map->m_plen ||
+	    (map->m_la | map->m_pa) & (sb->s_blocksize - 1))
+		return NULL;
+	/* interlaced ones of many blocks begin with the last one */
+	if (map->m_algorithmformat != Z_EROFS_COMPRESSION_SHIFTED &&
+	    (map->m_algorithmformat != Z_EROFS_COMPRESSION_INTERLACED ||
+	     map->m_plen > sb->s_blocksize))
+		return NULL;
+
+	(void)erofs_map_dev(sb, &mdev);
+	mask = (bdev_logical_block_size(mdev.m_bdev) - 1) |
+		bdev_dma_alignment(mdev.m_bdev);
+	if ((from | w->rest) & mask)
+		return NULL;
+	for (seg = z_erofs_dio_seg(&w->dest, from);
+	     !((seg->pos | seg->len | seg->base) & mask); ++seg)
+		if (seg->pos + seg->len >= w->rest)
+			return mdev.m_dif;
+	return NULL;
+}
+
+/* Decode more of the last extent of a request, which ends at @lend */
+static void z_erofs_dio_extend(struct z_erofs_dio_window *w,
+			       struct z_erofs_dio_extent *e, loff_t lend)
+{
+	loff_t end = min(lend, w->end + Z_EROFS_DIO_KEEP);
+
+	if (end <= w->end)
+		return;
+	e->keep = true;
+	e->len = end - e->la;
+	e->partial = !EROFS_MAP_FULL(e->flags) || end < lend;
+}
+
+/* Look up extents backwards from w->rest until there are enough to work on */
+static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 {
 	unsigned int bs = i_blocksize(w->inode);
 	struct erofs_map_blocks map = { .buf = __EROFS_BUF_INITIALIZER };
-	struct z_erofs_dio_extent *e;
-	erofs_off_t skip;
-	int err = 0;
+	struct z_erofs_dio_extent *e = NULL;
+	struct erofs_device_info *dif, *last = NULL;
+	int flags, err = 0;
+	loff_t from;
+	bool keep;
 
 	w->nr_ext = 0;
 	w->nr_in = 0;
-	while (*end > w->pos && w->nr_ext < w->max_ext &&
+	w->nr_plain = 0;
+	while (w->rest > w->pos && w->nr_ext < w->max_ext &&
 	       w->nr_in < Z_EROFS_DIO_MAX_INPAGES) {
-		map.m_la = *end - 1;
+		/* the next request is going to need the rest of the last one */
+		keep = w->req->sequential && w->rest == w->req->end;
+		flags = keep ? EROFS_GET_BLOCKS_FIEMAP : 0;
+		map.m_la = w->rest - 1;
 		map.m_llen = 0;
-		err = z_erofs_map_blocks_iter(w->inode, &map, 0);
+		err = z_erofs_map_blocks_iter(w->inode, &map, flags);
 		if (err)
 			break;
-		if (map.m_la + map.m_llen < *end) {
+		if (map.m_la + map.m_llen < w->rest) {
 			err = -EFSCORRUPTED;
 			break;
 		}
+		from = max_t(loff_t, map.m_la, w->pos);
+		if (z_erofs_dio_copy_kept(w, from, w->rest) ||
+		    z_erofs_dio_copy_cached(w, from, w->rest)) {
+			w->rest = from;
+			last = NULL;
+			continue;
+		}
+		dif = z_erofs_dio_plain_dev(w, &map, from);
+		if (dif && dif == last &&
+		    map.m_pa + (w->rest - map.m_la) == e->pa) {
+			/* just the blocks in front of those before */
+			e->len += w->rest - from;
+			e->la = from;
+			e->pa = map.m_pa + (from - map.m_la);
+			w->nr_plain += (w->rest - from) / PAGE_SIZE;
+			w->rest = from;
+			continue;
+		}
+		last = dif;
 		e = &w->ext[w->nr_ext++];
 		*e = (struct z_erofs_dio_extent) {
 			.la = map.m_la,
@@ -281,22 +573,42 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w, loff_t *end)
 			.flags = map.m_flags,
 			.alg = map.m_algorithmformat,
 			.partial = !EROFS_MAP_FULL(map.m_flags) ||
-				   map.m_la + map.m_llen > *end,
+				   map.m_la + map.m_llen > w->rest,
+			.plain = !!dif,
 		};
-		if (map.m_flags & EROFS_MAP_MAPPED) {
-			w->nr_in += PAGE_ALIGN((e->pa & (bs - 1)) + e->plen) >>
-					PAGE_SHIFT;
-		} else if (e->la < w->pos) {
+		if (dif || !(map.m_flags & EROFS_MAP_MAPPED)) {
 			/* nothing is decoded, so there is no need to start there */
-			skip = w->pos - e->la;
-			e->la += skip;
-			e->pa += skip;
+			e->la = from;
+			e->pa += from - map.m_la;
+			w->nr_plain += dif ? (w->rest - from) / PAGE_SIZE + 2 : 0;
+		} else {
+			e->inpages = PAGE_ALIGN((e->pa & (bs - 1)) + e->plen) >>
+					PAGE_SHIFT;
+			w->nr_in += e->inpages;
 		}
-		e->len = *end - e->la;
-		*end = max_t(loff_t, e->la, w->pos);
+		e->len = w->rest - e->la;
+		w->rest = from;
+		if (keep && e->inpages && !e->plain)
+			z_erofs_dio_extend(w, e, map.m_la + map.m_llen);
 	}
 	erofs_put_metabuf(&map.buf);
+	if (err) {
+		/* no page has been allocated so far */
+		w->nr_ext = 0;
+		w->nr_in = 0;
+	}
 	return err;
+}
+
+/* Callers who wait decode on their own: they need not wait for a worker, too */
+static void z_erofs_dio_put_pending(struct z_erofs_dio_window *w)
+{
+	if (!atomic_dec_and_test(&w->pending))
+		return;
+	if (w->req->async)
+		queue_work(z_erofs_dio_workqueue, &w->work);
+	else
+		complete(&w->done);
 }
 
 static void z_erofs_dio_endio(struct bio *bio)
@@ -305,52 +617,73 @@ static void z_erofs_dio_endio(struct bio *bio)
 
 	if (bio->bi_status)
 		WRITE_ONCE(w->status, bio->bi_status);
-	bio_put(bio);
-	if (atomic_dec_and_test(&w->pending))
-		complete(&w->done);
+	if (bio->bi_bdev)
+		bio_put(bio);
+	z_erofs_dio_put_pending(w);
 }
 
-static void z_erofs_dio_submit(struct z_erofs_dio_window *w, struct bio *bio)
+static void z_erofs_dio_submit(struct z_erofs_dio_window *w)
 {
+	struct bio *bio = w->bio;
+
+	if (!bio)
+		return;
+	w->bio = NULL;
 	atomic_inc(&w->pending);
-	submit_bio(bio);
+	if (erofs_is_fileio_mode(EROFS_I_SB(w->inode)))
+		erofs_fileio_submit_bio(bio);
+	else
+		submit_bio(bio);
 }
 
-/* Add the blocks of a pcluster to @bio, or to a new one if they don't fit */
-static struct bio *z_erofs_dio_read(struct z_erofs_dio_window *w,
-				    struct z_erofs_dio_extent *e,
-				    struct bio *bio)
+/* Read what @bv takes, from @cur on, with w->bio or another one if it's full */
+static void z_erofs_dio_read_bvec(struct z_erofs_dio_window *w,
+				  struct erofs_map_dev *mdev, erofs_off_t cur,
+				  const struct bio_vec *bv)
 {
-	struct super_block *sb = w->inode->i_sb;
+	if (w->bio && w->dif == mdev->m_dif &&
+	    bio_end_sector(w->bio) == cur >> SECTOR_SHIFT &&
+	    bio_add_page(w->bio, bv->bv_page, bv->bv_len, bv->bv_offset))
+		return;
+
+	z_erofs_dio_submit(w);
+	if (erofs_is_fileio_mode(EROFS_SB(mdev->m_sb)))
+		w->bio = erofs_fileio_bio_alloc(mdev);
+	else
+		w->bio = bio_alloc(mdev->m_bdev,
+				   bio_max_segs(w->nr_in + w->nr_plain),
+				   REQ_OP_READ | REQ_SYNC, GFP_KERNEL);
+	w->dif = mdev->m_dif;
+	w->bio->bi_iter.bi_sector = cur >> SECTOR_SHIFT;
+	w->bio->bi_ioprio = bio_list_peek(&w->bios)->bi_ioprio;
+	w->bio->bi_private = w;
+	w->bio->bi_end_io = z_erofs_dio_endio;
+	__bio_add_page(w->bio, bv->bv_page, bv->bv_len, bv->bv_offset);
+}
+
+/* Read the blocks of a pcluster, or plain data to where it is wanted */
+static void z_erofs_dio_read(struct z_erofs_dio_window *w,
+			     struct z_erofs_dio_extent *e)
+{
+	unsigned int ofs = e->plain ? 0 : erofs_blkoff(w->inode->i_sb, e->pa);
+	unsigned int len = e->plain ? e->len :
+				round_up(ofs + e->plen, i_blocksize(w->inode));
+	struct erofs_map_dev mdev = { .m_pa = e->pa - ofs };
 	struct page **in = w->in + e->in;
-	struct erofs_map_dev mdev = {
-		.m_pa = round_down(e->pa, sb->s_blocksize),
-	};
-	erofs_off_t cur, end;
-	unsigned int len;
+	struct bio_vec bv;
+	unsigned int cur;
 
 	/* no device id here, thus it will always succeed */
-	(void)erofs_map_dev(sb, &mdev);
-	cur = mdev.m_dif->fsoff + mdev.m_pa;
-	end = cur + round_up(erofs_blkoff(sb, e->pa) + e->plen,
-			     sb->s_blocksize);
-	for (; cur < end; cur += len, ++in) {
-		len = min_t(erofs_off_t, end - cur, PAGE_SIZE);
-		if (bio && bio->bi_bdev == mdev.m_bdev &&
-		    bio_end_sector(bio) == cur >> SECTOR_SHIFT &&
-		    bio_add_page(bio, *in, len, 0))
-			continue;
-		if (bio)
-			z_erofs_dio_submit(w, bio);
-		bio = bio_alloc(mdev.m_bdev, bio_max_segs(w->nr_in),
-				REQ_OP_READ | REQ_SYNC, GFP_KERNEL);
-		bio->bi_iter.bi_sector = cur >> SECTOR_SHIFT;
-		bio->bi_ioprio = bio_list_peek(&w->bios)->bi_ioprio;
-		bio->bi_private = w;
-		bio->bi_end_io = z_erofs_dio_endio;
-		__bio_add_page(bio, *in, len, 0);
+	(void)erofs_map_dev(w->inode->i_sb, &mdev);
+	mdev.m_pa += mdev.m_dif->fsoff;
+	for (cur = 0; cur < len; cur += bv.bv_len) {
+		if (e->plain)
+			bv = z_erofs_dio_bvec(&w->dest, e->la + cur, len - cur);
+		else
+			bvec_set_page(&bv, *in++,
+				      min_t(u32, len - cur, PAGE_SIZE), 0);
+		z_erofs_dio_read_bvec(w, &mdev, mdev.m_pa + cur, &bv);
 	}
-	return bio;
 }
 
 /* Take a private copy of compressed data that is kept among metadata */
@@ -370,9 +703,24 @@ static int z_erofs_dio_read_meta(struct z_erofs_dio_window *w,
 	return 0;
 }
 
-static int z_erofs_dio_alloc_in(struct z_erofs_dio_window *w)
+/* LZ4 needs no mapping of pages which follow each other, if these are free */
+static bool z_erofs_dio_alloc_run(struct page **in, unsigned int nr)
 {
 	unsigned int i;
+	void *addr;
+
+	if (nr <= 1 || nr > Z_EROFS_DIO_MAX_RUN)
+		return false;
+	addr = alloc_pages_exact(nr << PAGE_SHIFT,
+				 (GFP_KERNEL & ~__GFP_RECLAIM) | __GFP_NOWARN);
+	for (i = 0; addr && i < nr; ++i)
+		in[i] = virt_to_page(addr + i * PAGE_SIZE);
+	return addr;
+}
+
+static int z_erofs_dio_alloc_in(struct z_erofs_dio_window *w)
+{
+	unsigned int nr, i, j;
 
 	if (w->nr_in > w->max_in) {
 		kvfree(w->in);
@@ -384,11 +732,17 @@ static int z_erofs_dio_alloc_in(struct z_erofs_dio_window *w)
 		}
 		w->max_in = w->nr_in;
 	}
-	for (i = 0; i < w->nr_in; ++i) {
-		w->in[i] = __erofs_allocpage(&w->pagepool, GFP_KERNEL, true);
-		if (!w->in[i]) {
-			w->nr_in = i;
-			return -ENOMEM;
+	for (i = 0; i < w->nr_ext; ++i) {
+		nr = w->ext[i].inpages;
+		if (z_erofs_dio_alloc_run(w->in + w->ext[i].in, nr))
+			continue;
+		for (j = w->ext[i].in; nr--; ++j) {
+			w->in[j] = __erofs_allocpage(&w->pagepool, GFP_KERNEL,
+						     true);
+			if (!w->in[j]) {
+				w->nr_in = j;
+				return -ENOMEM;
+			}
 		}
 	}
 	return 0;
@@ -400,10 +754,9 @@ static void z_erofs_dio_free_in(struct z_erofs_dio_window *w)
 		erofs_pagepool_add(&w->pagepool, w->in[--w->nr_in]);
 }
 
-/* Read the compressed data of all extents and wait for it */
+/* Submit reads of all compressed data */
 static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 {
-	struct bio *bio = NULL;
 	unsigned int i;
 	int err;
 
@@ -420,17 +773,28 @@ static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 			return err;
 	}
 
-	atomic_set(&w->pending, 1);
-	reinit_completion(&w->done);
 	for (i = w->nr_ext; i--;)
 		if ((w->ext[i].flags & (EROFS_MAP_MAPPED | EROFS_MAP_META)) ==
 		    EROFS_MAP_MAPPED)
-			bio = z_erofs_dio_read(w, &w->ext[i], bio);
-	if (bio)
-		z_erofs_dio_submit(w, bio);
-	if (!atomic_dec_and_test(&w->pending))
-		wait_for_completion_io(&w->done);
-	return blk_status_to_errno(w->status);
+			z_erofs_dio_read(w, &w->ext[i]);
+	z_erofs_dio_submit(w);
+	return 0;
+}
+
+/*
+ * Stage as many of the last extents before w->rest as are allowed.  Once it is
+ * done, the window of an asynchronous request belongs to the worker.
+ */
+static void z_erofs_dio_stage(struct z_erofs_dio_window *w)
+{
+	atomic_set(&w->pending, 1);
+	if (!w->dest.nr_segs)
+		w->err = z_erofs_dio_gather(w);
+	if (!w->err)
+		w->err = z_erofs_dio_map(w);
+	if (!w->err)
+		w->err = z_erofs_dio_read_in(w);
+	z_erofs_dio_put_pending(w);
 }
 
 static int z_erofs_dio_fragment(struct z_erofs_dio_window *w,
@@ -466,55 +830,84 @@ static bool z_erofs_dio_is_direct(const struct z_erofs_dio_layout *lo,
 	return i >= lo->direct && i < lo->edirect;
 }
 
+/* LZ4 only looks back so far, thus these pages are used over and over */
+static bool z_erofs_dio_is_recycled(struct page **out, unsigned int i)
+{
+	return i >= Z_EROFS_DIO_LZ4_PAGES &&
+	       out[i] == out[i - Z_EROFS_DIO_LZ4_PAGES];
+}
+
 /* Copy what is wanted from the kernel pages and let go of them */
 static void z_erofs_dio_put_out(struct z_erofs_dio_window *w,
 				struct z_erofs_dio_extent *e,
 				const struct z_erofs_dio_layout *lo,
-				struct page **out, bool copy)
+				struct page **out, bool copy,
+				struct page **pool)
 {
 	loff_t from = max_t(loff_t, e->la, w->pos);
 	loff_t pos = (loff_t)e->la - lo->pageofs, cur, end;
-	unsigned int i;
+	unsigned int nr = lo->nr, i;
 	void *src;
 
+	/* pages that no user has ever seen */
+	if (copy && e->keep) {
+		nr = (w->end - pos) >> PAGE_SHIFT;
+		if (!z_erofs_dio_keep_pages(w->req->keep, w->end,
+					    e->la + e->len, out + nr))
+			nr = lo->nr;
+	}
 	for (i = 0; i < lo->nr; ++i, pos += PAGE_SIZE) {
-		if (!out[i] || z_erofs_dio_is_direct(lo, i))
+		if (!out[i] || z_erofs_dio_is_direct(lo, i) ||
+		    z_erofs_dio_is_recycled(out, i))
 			continue;
 		cur = max(pos, from);
-		end = min_t(loff_t, pos + PAGE_SIZE, e->la + e->len);
+		end = min3(pos + (loff_t)PAGE_SIZE, (loff_t)e->la + e->len,
+			   w->end);
 		if (copy && cur < end) {
 			src = kmap_local_page(out[i]);
 			z_erofs_dio_copy(&w->dest, cur, src + (cur - pos),
 					 end - cur);
 			kunmap_local(src);
 		}
-		erofs_pagepool_add(&w->pagepool, out[i]);
+		if (i < nr)
+			erofs_pagepool_add(pool, out[i]);
 	}
 	kvfree(out);
 }
 
 /*
  * Get the page list for an extent which can't do with destination pages alone.
- * Pages without any wanted byte are left out: decoders skip or allocate them.
+ * Plain data and MicroLZMA skip pages without any wanted byte, the others need
+ * something to write to, and LZ4 to find matches in.
  */
 static struct page **z_erofs_dio_get_out(struct z_erofs_dio_window *w,
 					 struct z_erofs_dio_extent *e,
-					 const struct z_erofs_dio_layout *lo)
+					 const struct z_erofs_dio_layout *lo,
+					 struct page **pool)
 {
-	unsigned int skip = e->la < w->pos ? w->pos - e->la : 0, i;
+	unsigned int skip = e->la < w->pos ? w->pos - e->la : 0, i = 0;
+	unsigned int gap = (lo->pageofs + skip) >> PAGE_SHIFT;
 	struct page **out;
 
 	out = kvzalloc_objs(*out, lo->nr);
 	if (!out)
 		return NULL;
-	for (i = (lo->pageofs + skip) >> PAGE_SHIFT; i < lo->nr; ++i) {
+	if (e->alg == Z_EROFS_COMPRESSION_SHIFTED ||
+	    e->alg == Z_EROFS_COMPRESSION_INTERLACED ||
+	    e->alg == Z_EROFS_COMPRESSION_LZMA)
+		i = gap;
+	for (; i < lo->nr; ++i) {
 		if (z_erofs_dio_is_direct(lo, i)) {
 			out[i] = w->dest.pages[lo->page + i - lo->direct];
 			continue;
 		}
-		out[i] = __erofs_allocpage(&w->pagepool, GFP_KERNEL, true);
+		if (i >= Z_EROFS_DIO_LZ4_PAGES && i < gap) {
+			out[i] = out[i - Z_EROFS_DIO_LZ4_PAGES];
+			continue;
+		}
+		out[i] = __erofs_allocpage(pool, GFP_KERNEL, !e->keep);
 		if (!out[i]) {
-			z_erofs_dio_put_out(w, e, lo, out, false);
+			z_erofs_dio_put_out(w, e, lo, out, false, pool);
 			return NULL;
 		}
 	}
@@ -522,7 +915,7 @@ static struct page **z_erofs_dio_get_out(struct z_erofs_dio_window *w,
 }
 
 static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
-			      struct z_erofs_dio_extent *e)
+			      struct z_erofs_dio_extent *e, struct page **pool)
 {
 	static DEFINE_RATELIMIT_STATE(rs, DEFAULT_RATELIMIT_INTERVAL,
 				      DEFAULT_RATELIMIT_BURST);
@@ -538,11 +931,14 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 	/* where the blocks of this format are depends on the page offset */
 	if (e->alg == Z_EROFS_COMPRESSION_INTERLACED)
 		mask = sb->s_blocksize - 1;
-	z_erofs_dio_lay_out(&w->dest, e->la, e->len,
-			    max_t(loff_t, e->la, w->pos), mask, &lo);
+	if (e->keep)
+		z_erofs_dio_lay_aside(e->la, e->len, &lo);
+	else
+		z_erofs_dio_lay_out(&w->dest, e->la, e->len,
+				    max_t(loff_t, e->la, w->pos), mask, &lo);
 	aside = lo.direct || lo.edirect < lo.nr;
 	if (aside)
-		out = z_erofs_dio_get_out(w, e, &lo);
+		out = z_erofs_dio_get_out(w, e, &lo, pool);
 	else
 		out = w->dest.pages + lo.page;
 	if (!out)
@@ -552,8 +948,7 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 				.sb = sb,
 				.in = w->in + e->in,
 				.out = out,
-				.inpages = PAGE_ALIGN(pageofs_in + e->plen) >>
-						PAGE_SHIFT,
+				.inpages = e->inpages,
 				.outpages = lo.nr,
 				.pageofs_in = pageofs_in,
 				.pageofs_out = lo.pageofs,
@@ -562,7 +957,7 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 				.alg = e->alg,
 				.partial_decoding = e->partial,
 				.gfp = GFP_KERNEL,
-			 }, &w->pagepool);
+			 }, pool);
 	if (reason) {
 		err = IS_ERR(reason) ? PTR_ERR(reason) : -EFSCORRUPTED;
 		if (err != -ENOMEM && __ratelimit(&rs))
@@ -572,36 +967,78 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 				  e->plen, e->len, EROFS_I(w->inode)->nid);
 	}
 	if (aside)
-		z_erofs_dio_put_out(w, e, &lo, out, !err);
+		z_erofs_dio_put_out(w, e, &lo, out, !err, pool);
 	return err;
 }
 
 static int z_erofs_dio_fill(struct z_erofs_dio_window *w,
-			    struct z_erofs_dio_extent *e)
+			    struct z_erofs_dio_extent *e, struct page **pool)
 {
+	if (e->plain)
+		return 0;
 	if (e->flags & EROFS_MAP_FRAGMENT)
 		return z_erofs_dio_fragment(w, e);
 	if (e->flags & EROFS_MAP_MAPPED)
-		return z_erofs_dio_decode(w, e);
+		return z_erofs_dio_decode(w, e, pool);
 	z_erofs_dio_copy(&w->dest, e->la, NULL, e->len);
 	return 0;
 }
 
-/* Read and fill as many of the last extents before *@end as are allowed */
-static int z_erofs_dio_batch(struct z_erofs_dio_window *w, loff_t *end)
+/*
+ * Fill extents until there is none left that nobody else fills.  The bytes of
+ * extents which meet in a page don't: each is written by one CPU only.
+ */
+static void z_erofs_dio_fill_some(struct z_erofs_dio_window *w,
+				  struct page **pool)
 {
-	unsigned int i;
-	int err;
+	int i, err;
 
-	err = z_erofs_dio_map(w, end);
-	if (err)
-		return err;
-	err = z_erofs_dio_read_in(w);
-	for (i = w->nr_ext; i-- && !err;)
-		err = z_erofs_dio_fill(w, &w->ext[i]);
-	z_erofs_dio_free_in(w);
-	cond_resched();
-	return err;
+	while (!READ_ONCE(w->err) && (i = atomic_dec_return(&w->todo)) >= 0) {
+		err = z_erofs_dio_fill(w, &w->ext[i], pool);
+		if (err)
+			cmpxchg(&w->err, 0, err);
+	}
+}
+
+static void z_erofs_dio_help(struct work_struct *work)
+{
+	struct z_erofs_dio_window *w =
+		container_of(work, struct z_erofs_dio_helper, work)->w;
+	struct page *pool = NULL;
+
+	z_erofs_dio_fill_some(w, &pool);
+	erofs_release_pages(&pool);
+	if (atomic_dec_and_test(&w->busy))
+		complete(&w->helped);
+}
+
+/*
+ * Share what is staged out to other CPUs.  Those which are too busy to begin
+ * until nothing is left are not waited for.
+ */
+static void z_erofs_dio_fill_all(struct z_erofs_dio_window *w)
+{
+	unsigned int nr, i;
+
+	if (w->err)
+		return;
+	nr = min3(num_online_cpus() - 1, (u32)(w->end - w->pos) / Z_EROFS_DIO_HELP,
+		  w->nr_ext ? w->nr_ext - 1 : 0);
+	nr = min(nr, Z_EROFS_DIO_MAX_HELPERS);
+	atomic_set(&w->todo, w->nr_ext);
+	atomic_set(&w->busy, nr + 1);
+	init_completion(&w->helped);
+	for (i = 0; i < nr; ++i) {
+		w->helper[i].w = w;
+		INIT_WORK(&w->helper[i].work, z_erofs_dio_help);
+		queue_work(z_erofs_dio_workqueue, &w->helper[i].work);
+	}
+	z_erofs_dio_fill_some(w, &w->pagepool);
+	for (i = 0; i < nr; ++i)
+		if (cancel_work(&w->helper[i].work))
+			atomic_dec(&w->busy);
+	if (!atomic_dec_and_test(&w->busy))
+		wait_for_completion(&w->helped);
 }
 
 /*
@@ -617,7 +1054,7 @@ static int z_erofs_dio_fill_cached(struct z_erofs_dio_window *w)
 	struct bio *bio;
 	ssize_t ret;
 
-	init_sync_kiocb(&iocb, w->file);
+	init_sync_kiocb(&iocb, w->req->file);
 	iocb.ki_flags = 0;
 	if (w->end - w->pos >= Z_EROFS_DIO_DONTCACHE)
 		iocb.ki_flags = IOCB_DONTCACHE;
@@ -648,22 +1085,140 @@ static void z_erofs_dio_flush_dcache(struct z_erofs_dio_window *w)
 			flush_dcache_page(bv.bv_page);
 }
 
-static int z_erofs_dio_run(struct z_erofs_dio_window *w)
+/* Fill what has been staged; if there is more to come, stage it: true */
+static bool z_erofs_dio_unstage(struct z_erofs_dio_window *w)
 {
-	loff_t end = w->end;
-	int err;
+	if (!w->err)
+		w->err = blk_status_to_errno(w->status);
+	z_erofs_dio_fill_all(w);
+	z_erofs_dio_free_in(w);
+	if (w->err || w->rest <= w->pos)
+		return false;
+	erofs_release_pages(&w->pagepool);
+	z_erofs_dio_stage(w);
+	return true;
+}
 
-	err = z_erofs_dio_gather(w);
-	while (!err && end > w->pos)
-		err = z_erofs_dio_batch(w, &end);
+static void z_erofs_dio_put_req(struct z_erofs_dio_req *rq)
+{
+	if (refcount_dec_and_test(&rq->ref))
+		kfree(rq);
+}
+
+static void z_erofs_dio_free_window(struct z_erofs_dio_window *w)
+{
+	erofs_release_pages(&w->pagepool);
+	kvfree(w->in);
+	kvfree(w->dest.pages);
+	kfree(w->dest.segs);
+	kvfree(w);
+}
+
+/* A window of an asynchronous request is done: it's the turn of another one */
+static void z_erofs_dio_stage_next(struct z_erofs_dio_req *rq)
+{
+	struct z_erofs_dio_window *w;
+
+	spin_lock(&rq->lock);
+	w = list_first_entry_or_null(&rq->windows, struct z_erofs_dio_window,
+				     link);
+	if (w)
+		list_del(&w->link);
+	else
+		--rq->nr_staged;
+	spin_unlock(&rq->lock);
+	if (w)
+		z_erofs_dio_stage(w);
+}
+
+/* All has been filled, or something failed */
+static void z_erofs_dio_end(struct z_erofs_dio_window *w)
+{
+	struct z_erofs_dio_req *rq = w->req;
+	struct bio_list bios = w->bios;
+	blk_status_t status = BLK_STS_OK;
+	struct bio *bio;
+	int err = w->err;
+
 	if (err == -ENOMEM || err == -ENOTBLK) {
 		trace_erofs_dio_read(w->inode, w->pos, w->end - w->pos,
 				     err == -ENOMEM ? Z_EROFS_DIO_NOMEM :
 						      Z_EROFS_DIO_PRIVATE);
 		err = z_erofs_dio_fill_cached(w);
 	}
+	/* as if it were buffered: no other error is expected by callers */
+	if (err)
+		status = err == -ENOMEM ? BLK_STS_RESOURCE : BLK_STS_IOERR;
 	z_erofs_dio_flush_dcache(w);
-	return err;
+	z_erofs_dio_free_window(w);
+	if (rq->async)
+		z_erofs_dio_stage_next(rq);
+	z_erofs_dio_put_req(rq);
+
+	while ((bio = bio_list_pop(&bios))) {
+		bio->bi_status = status;
+		bio_endio(bio);
+	}
+}
+
+static void z_erofs_dio_work(struct work_struct *work)
+{
+	struct z_erofs_dio_window *w =
+		container_of(work, struct z_erofs_dio_window, work);
+
+	if (!z_erofs_dio_unstage(w))
+		z_erofs_dio_end(w);
+}
+
+/* End windows of a synchronous request until no more than @nr are staged */
+static void z_erofs_dio_drain(struct z_erofs_dio_req *rq, unsigned int nr)
+{
+	struct z_erofs_dio_window *w;
+
+	while (rq->nr_staged > nr) {
+		w = list_first_entry(&rq->windows, struct z_erofs_dio_window,
+				     link);
+		list_del(&w->link);
+		--rq->nr_staged;
+		do {
+			wait_for_completion_io(&w->done);
+			reinit_completion(&w->done);
+		} while (z_erofs_dio_unstage(w));
+		z_erofs_dio_end(w);
+		cond_resched();
+	}
+}
+
+/* While a window is decoded here, the device is to read for the next one */
+static void z_erofs_dio_queue_sync(struct z_erofs_dio_window *w)
+{
+	struct z_erofs_dio_req *rq = w->req;
+
+	init_completion(&w->done);
+	list_add_tail(&w->link, &rq->windows);
+	++rq->nr_staged;
+	z_erofs_dio_stage(w);
+	/* .. so don't leave it in the plug of iomap */
+	if (current->plug)
+		blk_finish_plug(current->plug);
+	z_erofs_dio_drain(rq, Z_EROFS_DIO_STAGED - 1);
+}
+
+static void z_erofs_dio_queue_async(struct z_erofs_dio_window *w)
+{
+	struct z_erofs_dio_req *rq = w->req;
+	bool stage;
+
+	INIT_WORK(&w->work, z_erofs_dio_work);
+	spin_lock(&rq->lock);
+	stage = rq->nr_staged < Z_EROFS_DIO_STAGED;
+	if (stage)
+		++rq->nr_staged;
+	else
+		list_add_tail(&w->link, &rq->windows);
+	spin_unlock(&rq->lock);
+	if (stage)
+		z_erofs_dio_stage(w);
 }
 
 static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
@@ -675,6 +1230,9 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 		.buf = __EROFS_BUF_INITIALIZER,
 		.m_la = pos + Z_EROFS_DIO_WINDOW,
 	};
+	struct block_device *bdev = erofs_dio_bdev(inode);
+	/* those of the device below an image can be larger */
+	unsigned int bs = max(i_blocksize(inode), bdev_logical_block_size(bdev));
 	struct z_erofs_dio_window *w;
 	unsigned int nr;
 	loff_t end;
@@ -692,8 +1250,7 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 		/* errors are reported when the extent is due */
 		if (!err && (map.m_flags & EROFS_MAP_MAPPED))
 			end = z_erofs_dio_cut(pos, map.m_la,
-					      map.m_la + map.m_llen,
-					      i_blocksize(inode));
+					      map.m_la + map.m_llen, bs);
 		erofs_put_metabuf(&map.buf);
 		length = min(length, end - pos);
 	}
@@ -704,13 +1261,12 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 	if (!w)
 		return -ENOTBLK;
 	w->max_ext = nr;
+	w->req = iter->private;
 	w->inode = inode;
-	w->file = ((struct kiocb *)iter->private)->ki_filp;
 	w->pos = pos;
-	init_completion(&w->done);
 
 	/* the device is only asked for its limits and never sees these bios */
-	iomap->bdev = inode->i_sb->s_bdev;
+	iomap->bdev = bdev;
 	iomap->addr = IOMAP_NULL_ADDR;
 	iomap->type = IOMAP_MAPPED;
 	iomap->offset = pos;
@@ -726,6 +1282,7 @@ static void z_erofs_dio_submit_io(const struct iomap_iter *iter,
 
 	bio_list_add(&w->bios, bio);
 	w->end = min(pos + bio->bi_iter.bi_size, i_size_read(w->inode));
+	w->rest = w->end;
 }
 
 static int z_erofs_dio_iomap_end(struct inode *inode, loff_t pos,
@@ -733,32 +1290,32 @@ static int z_erofs_dio_iomap_end(struct inode *inode, loff_t pos,
 				 unsigned int flags, struct iomap *iomap)
 {
 	struct z_erofs_dio_window *w = iomap->private;
-	struct bio_list bios = w->bios;
-	blk_status_t status = BLK_STS_OK;
-	struct bio *bio;
-	int err = 0;
 
-	if (!bio_list_empty(&bios))
-		err = z_erofs_dio_run(w);
-	/* as if it were buffered: no other error is expected by callers */
-	if (err)
-		status = err == -ENOMEM ? BLK_STS_RESOURCE : BLK_STS_IOERR;
-	erofs_release_pages(&w->pagepool);
-	kvfree(w->in);
-	kvfree(w->dest.pages);
-	kfree(w->dest.segs);
-	kvfree(w);
-
-	while ((bio = bio_list_pop(&bios))) {
-		bio->bi_status = status;
-		bio_endio(bio);
+	if (bio_list_empty(&w->bios)) {
+		z_erofs_dio_free_window(w);
+		return 0;
 	}
+	refcount_inc(&w->req->ref);
+	if (w->req->async)
+		z_erofs_dio_queue_async(w);
+	else
+		z_erofs_dio_queue_sync(w);
 	return 0;
 }
 
-static DEFINE_IOMAP_ITER_NEXT_END(z_erofs_dio_iomap_next,
-				  z_erofs_dio_iomap_begin,
-				  z_erofs_dio_iomap_end);
+static int z_erofs_dio_iomap_next(const struct iomap_iter *iter,
+				  struct iomap *iomap, struct iomap *srcmap)
+{
+	struct z_erofs_dio_req *rq = iter->private;
+	int ret;
+
+	ret = iomap_iter_next(iter, iomap, srcmap, z_erofs_dio_iomap_begin,
+			      z_erofs_dio_iomap_end);
+	/* iomap is going to wait for bios: nobody else would end them */
+	if (ret <= 0 && !rq->async)
+		z_erofs_dio_drain(rq, 0);
+	return ret;
+}
 
 static const struct iomap_ops z_erofs_dio_iomap_ops = {
 	.iomap_next = z_erofs_dio_iomap_next,
@@ -766,7 +1323,10 @@ static const struct iomap_ops z_erofs_dio_iomap_ops = {
 
 static const struct iomap_dio_ops z_erofs_dio_ops = {
 	.submit_io = z_erofs_dio_submit_io,
-	/* all bios of a window are held until it is done: not of fs_bio_set */
+	/*
+	 * All bios of a window are held until it is done, thus not those of
+	 * fs_bio_set: without any memory for more, only this waits for some.
+	 */
 	.bio_set = &z_erofs_dio_bioset,
 };
 
@@ -778,8 +1338,32 @@ static const struct iomap_dio_ops z_erofs_dio_ops = {
  */
 int __init z_erofs_dio_init(void)
 {
-	return bioset_init(&z_erofs_dio_bioset, BIO_POOL_SIZE, 0,
-			   BIOSET_NEED_BVECS);
+	int err;
+
+	/* not the one for buffered reads, which are waited for in here */
+	z_erofs_dio_workqueue = alloc_workqueue("erofs_dio",
+						WQ_UNBOUND | WQ_HIGHPRI |
+						WQ_MEM_RECLAIM, 0);
+	if (!z_erofs_dio_workqueue)
+		return -ENOMEM;
+	err = bioset_init(&z_erofs_dio_bioset, BIO_POOL_SIZE, 0,
+			  BIOSET_NEED_BVECS);
+	if (err)
+		goto err_bioset;
+	err = -ENOMEM;
+	z_erofs_dio_shrinker = shrinker_alloc(0, "erofs-dio");
+	if (!z_erofs_dio_shrinker)
+		goto err_shrinker;
+	z_erofs_dio_shrinker->count_objects = z_erofs_dio_shrink_count;
+	z_erofs_dio_shrinker->scan_objects = z_erofs_dio_shrink_scan;
+	shrinker_register(z_erofs_dio_shrinker);
+	return 0;
+
+err_shrinker:
+	bioset_exit(&z_erofs_dio_bioset);
+err_bioset:
+	destroy_workqueue(z_erofs_dio_workqueue);
+	return err;
 }
 
 /**
@@ -789,14 +1373,16 @@ int __init z_erofs_dio_init(void)
  */
 void z_erofs_dio_exit(void)
 {
+	shrinker_free(z_erofs_dio_shrinker);
 	bioset_exit(&z_erofs_dio_bioset);
+	destroy_workqueue(z_erofs_dio_workqueue);
 }
 
 /*
  * A bio that can't hold a logical block of the vector makes iomap fail, so each
  * part has to be a multiple of it.  They must not overlap: the last one wins if
  * they are filled one after the other, but an LZ4 extent needs all its output
- * until it is done.
+ * until it is done.  Those who pass bvecs that overlap get what they ask for.
  */
 static enum z_erofs_dio_path z_erofs_dio_vector(const struct iov_iter *to,
 						unsigned int mask)
@@ -830,7 +1416,7 @@ static enum z_erofs_dio_path z_erofs_dio_vector(const struct iov_iter *to,
 static enum z_erofs_dio_path z_erofs_dio_path(struct kiocb *iocb,
 					      struct iov_iter *to)
 {
-	struct block_device *bdev = file_inode(iocb->ki_filp)->i_sb->s_bdev;
+	struct block_device *bdev = erofs_dio_bdev(file_inode(iocb->ki_filp));
 	unsigned int mask;
 
 	if (!bdev)
@@ -843,6 +1429,124 @@ static enum z_erofs_dio_path z_erofs_dio_path(struct kiocb *iocb,
 	return z_erofs_dio_vector(to, mask);
 }
 
+/* The one request at a time which may use what is kept, and keep more */
+static struct z_erofs_dio_keep *z_erofs_dio_get_keep(struct kiocb *iocb)
+{
+	struct file *file = iocb->ki_filp;
+	struct z_erofs_dio_keep *k, *old;
+
+	if (!is_sync_kiocb(iocb) || erofs_cache_file(file) != file)
+		return NULL;
+	k = READ_ONCE(file->private_data);
+	if (!k) {
+		k = kzalloc_obj(*k);
+		if (!k)
+			return NULL;
+		INIT_LIST_HEAD(&k->lru);
+		old = cmpxchg(&file->private_data, NULL, k);
+		if (old) {
+			kfree(k);
+			k = old;
+		}
+	}
+	return test_and_set_bit_lock(0, &k->busy) ? NULL : k;
+}
+
+static void z_erofs_dio_put_keep(struct z_erofs_dio_keep *k, struct kiocb *iocb)
+{
+	if (!k)
+		return;
+	k->next = iocb->ki_pos;
+	if (k->end && k->next >= k->end)
+		z_erofs_dio_drop(k);
+	clear_bit_unlock(0, &k->busy);
+}
+
+/**
+ * z_erofs_dio_release - let go of what has been kept for a file
+ * @inode: the inode of @file
+ * @file: a file which isn't used by anybody any more
+ *
+ * Context: Process context, may sleep.
+ * Return: 0.
+ */
+int z_erofs_dio_release(struct inode *inode, struct file *file)
+{
+	struct z_erofs_dio_keep *k = file->private_data;
+
+	if (k)
+		z_erofs_dio_drop(k);
+	kfree(k);
+	return 0;
+}
+
+/* Serve a request that only needs what is kept */
+static ssize_t z_erofs_dio_read_kept(struct kiocb *iocb, struct iov_iter *to,
+				     struct z_erofs_dio_keep *k)
+{
+	loff_t pos = iocb->ki_pos;
+	loff_t end = min_t(loff_t, pos + iov_iter_count(to),
+			   i_size_read(file_inode(iocb->ki_filp)));
+	ssize_t ret = 0;
+	size_t n, len;
+
+	if (!k || pos < k->pos || end > k->end)
+		return 0;
+	for (; pos < end; pos += n, ret += n) {
+		len = min_t(loff_t, end - pos, PAGE_SIZE - offset_in_page(pos));
+		n = copy_page_to_iter(z_erofs_dio_kept_page(k, pos),
+				      offset_in_page(pos), len, to);
+		if (n < len) {
+			ret += n;
+			ret = ret ?: -EFAULT;
+			break;
+		}
+	}
+	if (ret > 0)
+		iocb->ki_pos += ret;
+	return ret;
+}
+
+static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
+				  struct z_erofs_dio_keep *k)
+{
+	struct inode *inode = file_inode(iocb->ki_filp);
+	size_t count = iov_iter_count(to);
+	struct z_erofs_dio_req *rq;
+	unsigned int bs;
+	ssize_t ret;
+
+	rq = kmalloc_obj(*rq);
+	if (!rq)
+		return 0;
+
+	/* an empty part in front is skipped, or its address could be refused */
+	iov_iter_advance(to, 0);
+	/* don't pin memory that nothing can be read into */
+	bs = bdev_logical_block_size(erofs_dio_bdev(inode));
+	iov_iter_truncate(to, round_up(i_size_read(inode), bs) - iocb->ki_pos);
+	count -= iov_iter_count(to);
+	*rq = (struct z_erofs_dio_req) {
+		.file = erofs_cache_file(iocb->ki_filp),
+		.keep = k,
+		.sequential = k && k->next == iocb->ki_pos,
+		.end = min_t(loff_t, i_size_read(inode),
+			     iocb->ki_pos + iov_iter_count(to)),
+		.async = !is_sync_kiocb(iocb) &&
+			 iov_iter_count(to) <= Z_EROFS_DIO_MAX_ASYNC,
+		.ref = REFCOUNT_INIT(1),
+		.windows = LIST_HEAD_INIT(rq->windows),
+	};
+	spin_lock_init(&rq->lock);
+	ret = iomap_dio_rw(iocb, to, &z_erofs_dio_iomap_ops, &z_erofs_dio_ops,
+			   rq->async ? 0 : IOMAP_DIO_FORCE_WAIT, rq, 0);
+	z_erofs_dio_put_req(rq);
+	/* if it has been queued, @to may be gone as well as @iocb */
+	if (ret != -EIOCBQUEUED)
+		iov_iter_reexpand(to, iov_iter_count(to) + count);
+	return ret;
+}
+
 /**
  * z_erofs_dio_read_iter - read from a compressed file opened with O_DIRECT
  * @iocb: the request; its file position and the size of @to are in bytes
@@ -853,21 +1557,26 @@ static enum z_erofs_dio_path z_erofs_dio_path(struct kiocb *iocb,
  * are served from the page cache and, unless they are small, dropped behind;
  * trace_erofs_dio_read() tells about each of them.
  *
+ * Asynchronous requests are completed by a worker.  Index blocks that aren't
+ * cached are read before they are queued, what the page cache serves as well, and
+ * images in files unless these are read directly.
+ *
  * Context: Process context, may sleep; no locks are held.
- * Return: Number of bytes read, 0 at EOF, or a negative error code: -EFAULT if
- * @to can't be written, -EIO if the device failed or the data is corrupted,
- * -ENOMEM if even iomap can't allocate, -EINTR if the task has been killed.  On
- * errors the contents of @to are undefined.
+ * Return: Number of bytes read, 0 at EOF, or a negative error code: -EIOCBQUEUED
+ * if an asynchronous request is going to be completed later, -EFAULT if @to
+ * can't be written, -EIO if the device failed or the data is corrupted, -ENOMEM
+ * if even iomap can't allocate, -EINTR if the task has been killed.  On errors
+ * the contents of @to are undefined.
  */
 ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 {
 	struct inode *inode = file_inode(iocb->ki_filp);
 	loff_t size = i_size_read(inode);
-	int flags = iocb->ki_flags;
 	enum z_erofs_dio_path path;
-	unsigned int bs;
-	size_t behind;
+	struct z_erofs_dio_keep *k;
+	struct kiocb cached;
 	ssize_t ret = 0;
+	bool kept;
 
 	if (iocb->ki_pos >= size)
 		return 0;
@@ -875,16 +1584,13 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 	path = z_erofs_dio_path(iocb, to);
 	trace_erofs_dio_read(inode, iocb->ki_pos, iov_iter_count(to), path);
 	if (path == Z_EROFS_DIO_DIRECT) {
-		/* don't pin memory that nothing can be read into */
-		bs = bdev_logical_block_size(inode->i_sb->s_bdev);
-		behind = iov_iter_count(to);
-		iov_iter_truncate(to, round_up(size, bs) - iocb->ki_pos);
-		behind -= iov_iter_count(to);
-		ret = iomap_dio_rw(iocb, to, &z_erofs_dio_iomap_ops,
-				   &z_erofs_dio_ops, IOMAP_DIO_FORCE_WAIT,
-				   iocb, 0);
-		iov_iter_reexpand(to, iov_iter_count(to) + behind);
-		if (ret < 0 || iocb->ki_pos >= size || !iov_iter_count(to))
+		k = z_erofs_dio_get_keep(iocb);
+		ret = z_erofs_dio_read_kept(iocb, to, k);
+		kept = ret;
+		if (!kept)
+			ret = z_erofs_dio_direct(iocb, to, k);
+		z_erofs_dio_put_keep(k, iocb);
+		if (kept || ret < 0 || iocb->ki_pos >= size || !iov_iter_count(to))
 			return ret;
 		if (fatal_signal_pending(current))
 			return ret ?: -EINTR;
@@ -892,10 +1598,11 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 		trace_erofs_dio_read(inode, iocb->ki_pos, iov_iter_count(to),
 				     Z_EROFS_DIO_NOMEM);
 	}
+	kiocb_clone(&cached, iocb, erofs_cache_file(iocb->ki_filp));
 	if (iov_iter_count(to) >= Z_EROFS_DIO_DONTCACHE)
-		iocb->ki_flags |= IOCB_DONTCACHE;
-	ret = filemap_read(iocb, to, ret);
-	iocb->ki_flags = flags;
+		cached.ki_flags |= IOCB_DONTCACHE;
+	ret = filemap_read(&cached, to, ret);
+	iocb->ki_pos = cached.ki_pos;
 	return ret;
 }
 
