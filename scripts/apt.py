@@ -15,7 +15,8 @@ from ui import (FULL, Failure, cache_dir, digest, entry, growing, locked, output
 TOOLS = ("python3-tqdm", "gcc", "g++", "make", "bc", "bison", "flex", "libelf-dev", "patch", "cpio",
          "xz-utils", "busybox-static", "dpkg-dev", "autoconf", "automake", "libtool", "pkg-config",
          "liblz4-dev", "liblzma-dev", "libdeflate-dev", "zlib1g-dev", "libzstd-dev", "uuid-dev",
-         "python3-xxhash", "libcli11-dev", "libxxhash-dev", "nlohmann-json3-dev")
+         "python3-xxhash", "libcli11-dev", "libxxhash-dev", "nlohmann-json3-dev", "liburing-dev",
+         "libaio-dev", "qemu-system-x86")
 
 
 class Gone(Failure):
@@ -69,12 +70,12 @@ def uri(suite: str) -> str:
     raise Failure("no apt source of this machine serves the Debian archive: add its main component")
 
 
-def config(suite: str, source: bool) -> Path:
+def config(suite: str, kind: str) -> Path:
     """A private apt configuration for one suite, so that a vanished suite spoils no other."""
-    line = "deb-src" if source else "deb"
+    line, _, arch = kind.partition("-")
     key = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
-    text = f"{line} {key}{uri(suite)} {suite} main\n"
-    top = cache_dir() / "apt" / digest(text)
+    text = f"{'deb-src' if kind == 'source' else line} {key}{uri(suite)} {suite} main\n"
+    top = cache_dir() / "apt" / digest(text, *([arch] if arch else []))
     for name in ("lists/partial", "cache/archives/partial", "parts"):
         (top / name).mkdir(parents=True, exist_ok=True)
     (top / "sources.list").write_text(text)
@@ -92,8 +93,8 @@ Dir::State::status "{top}/status";
 Dir::Cache "{top}/cache";
 Dir::Cache::pkgcache "";
 Dir::Cache::srcpkgcache "";
-APT::Architecture "amd64";
-APT::Architectures "amd64";
+APT::Architecture "{arch or 'amd64'}";
+APT::Architectures "{arch or 'amd64'}";
 APT::Sandbox::User "root";
 Acquire::Languages "none";
 Acquire::Retries "2";
@@ -142,13 +143,13 @@ def newer(one: str, other: str) -> bool:
     return not subprocess.call(["dpkg", "--compare-versions", one, "gt", other])
 
 
-def newest(package: str, pattern: str | None, suites: list[str], source: bool,
+def newest(package: str, pattern: str | None, suites: list[str], kind: str,
            refresh: bool) -> tuple[str, Path]:
     """Highest version whose upstream part matches, and the configuration that has it."""
     best: tuple[str, Path] | None = None
     reached = False
     for suite in suites:
-        top = config(suite, source)
+        top = config(suite, kind)
         with locked(top / "lock"):
             if not update(top, suite, refresh):
                 continue
@@ -167,10 +168,11 @@ def newest(package: str, pattern: str | None, suites: list[str], source: bool,
 
 
 def fetch(kind: str, package: str, pattern: str | None, suites: list[str]) -> Path:
+    """Kept as CACHE/kind/package_version; the kind is source, deb, or deb-ARCH of another one."""
     source = kind == "source"
     for refresh in (False, True):
         try:
-            version, top = newest(package, pattern, suites, source, refresh)
+            version, top = newest(package, pattern, suites, kind, refresh)
         except Failure as failure:
             cached = (cache_dir() / kind).glob(f"{package}_*")
             if not (names := sorted(cached, key=lambda path: path.stat().st_mtime)):
@@ -206,6 +208,19 @@ def download(package: str, pattern: str | None, suites: list[str]) -> Path:
     """The .deb of the newest version over suites; apt has verified it."""
     [deb] = fetch("deb", package, pattern, suites).glob("*.deb")
     return deb
+
+
+def foreign(arch: str, *packages: str) -> Path:
+    """The unpacked packages of another architecture, of the release that this machine runs."""
+    suites = ["bookworm-updates", "bookworm"]
+    debs = [next(fetch(f"deb-{arch}", package, None, suites).glob("*.deb"))
+            for package in packages]
+
+    def make(work: Path) -> None:
+        for deb in debs:
+            run(["dpkg-deb", "-x", str(deb), str(work)], what=f"unpacking of {deb.name}")
+
+    return entry("foreign", digest(arch, *(deb.name for deb in debs)), make)
 
 
 def source(package: str, suites: list[str]) -> Path:

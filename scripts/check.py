@@ -1,25 +1,73 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-only
-"""make check: KUnit suites at boot, then dio_read over an image of each on-disk feature."""
+"""make check: KUnit suites at boot, then direct reads of an image of each on-disk feature."""
+import fnmatch
 import json
+import os
+import queue
 import re
+import shlex
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
 
 import vehicle
-from images import check_images, damage
+from images import FEATURES, Image, caller_image, check_images, damage, forged_images
 from kernel import Kernel, kernel
 from programs import programs
-from ui import REPO, Failure, main, say, step
+from ui import JOBS, REPO, Failure, main, say, step
 
-TIMEOUT = 300
+TIMEOUT = {"uml": 300, "qemu": 900, "uml-san": 1800, "qemu-san": 3600}
+MEMORY = 2 << 30  # that a guest may come to need, QEMU's own included
+BOTH = ("qemu", "uml")
+ON_QEMU = ("lz4hc-64k", "zstd-64k", "fragments")
+# small: what was once written to it is never given back
+SWAP = "mkswap /dev/ram1 65536 > /dev/null && swapon /dev/ram1\n"
 DAMAGED = ("lz4-4k", "lzma-64k", "zstd-64k")
 CLOCK = re.compile(r"^\[ *\d+\.\d{6}\] ")
 VERSION = re.compile(r"^K?TAP version \d+$")
 PLAN = re.compile(r"^1\.\.(\d+)")
 RESULT = re.compile(r"^(not )?ok (\d+)(?: - | )([^#]*?)(?: # (SKIP)\b *(.*))?$")
+
+
+def number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise Failure(f"{name}={text}: not a number: set it to one")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for."""
+    san: bool
+    soak: int
+    seed: int
+    only: str
+    replay: str
+
+    @staticmethod
+    def read() -> "Settings":
+        return Settings(bool(number("SAN", 0)), number("SOAK", 0), number("SEED", 1),
+                        os.environ.get("ONLY") or "*", os.environ.get("REPLAY") or "")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One boot in each of its vehicles: the script, and the disks and the truth it finds there."""
+    name: str
+    script: str = "true"
+    vehicles: tuple[str, ...] = ("uml",)
+    disks: tuple[Path, ...] = ()
+    truth: Path | None = None
+    args: tuple[str, ...] = ()
+    since: tuple[int, ...] = ()  # the first kernel that can
+    skip: str = ""  # why none can
+    seconds: int = 0  # that it takes by itself
 
 
 @dataclass
@@ -43,8 +91,9 @@ class Frame:
 class Ktap:
     """Takes console lines as they come; a result that is announced and missing is a failure."""
 
-    def __init__(self, tests: list[Test], guest_name: str) -> None:
+    def __init__(self, tests: list[Test], variant: str, guest_name: str) -> None:
         self.tests = tests
+        self.variant = variant
         self.guest_name = guest_name
         self.frames: list[Frame] = []
         self.since = time.monotonic()
@@ -52,7 +101,7 @@ class Ktap:
     def add(self, name: str, result: str, reason: str = "") -> None:
         now = time.monotonic()
         suites = [frame.name for frame in self.frames if frame.name] or [self.guest_name]
-        path = ".".join([*suites, name])
+        path = ".".join([self.variant, *suites, name])
         self.tests.append(Test(path, result, round(now - self.since, 3), reason))
         self.since = now
         for frame in self.frames:
@@ -110,67 +159,204 @@ class Ktap:
             self.close()
 
 
-def guest(tests: list[Test], name: str, built: Kernel, **boot: Any) -> None:
+def guest(built: Kernel, job: Job, tools: list[Path], slot: int) -> list[Test]:
     """One boot; whatever ends it early is a failed test, and the others still run."""
-    ktap, start = Ktap(tests, name), time.monotonic()
-    first = len(tests)
+    tests: list[Test] = []
+    reason = job.skip
+    if job.since > (version := tuple(map(int, re.findall(r"\d+", built.version)[:2]))):
+        reason = f"Linux {'.'.join(map(str, version))} is older than " \
+            f"{'.'.join(map(str, job.since))}"
+    if reason:
+        return [Test(f"{built.variant}.{job.name}", "skipped", 0, reason)]
+    ktap, start = Ktap(tests, built.variant, job.name), time.monotonic()
     try:
-        vehicle.boot(built.linux, timeout=TIMEOUT, on_line=ktap.line, **boot)
+        vehicle.boot(built, programs=tools, script=job.script, disks=list(job.disks),
+                     truth=job.truth, args=list(job.args), slot=slot,
+                     timeout=TIMEOUT[built.variant] + job.seconds,
+                     on_line=lambda line, _: ktap.line(line))
     except Failure as failure:
         ktap.frames.clear()
         ktap.since = start
         ktap.add("guest", "failed", str(failure))
     ktap.end()
-    if len(tests) == first:
+    if not tests:
         ktap.add("results", "failed", "the guest printed none")
-    bad = [test for test in tests[first:] if test.result != "passed"]
-    say(f"{name}: {len(tests) - first - len(bad)} of {len(tests) - first} passed, "
+    passed = sum(test.result == "passed" for test in tests)
+    say(f"{built.variant}.{job.name}: {passed} of {len(tests)} passed, "
         f"{time.monotonic() - start:.1f} s")
-
-
-def all_tests() -> list[Test]:
-    tests: list[Test] = []
-    built = kernel()
-    version = tuple(int(part) for part in re.findall(r"\d+", built.version)[:2])
-    images = check_images()
-    tools = programs()
-    with step(f"testing Linux {built.version}"):
-        guest(tests, "kunit", built, programs=[], script="true",
-              args=["kunit.enable=1", "kunit.filter_glob=erofs*"])
-        for image, since in images:
-            if version < since:
-                reason = f"Linux {built.version} is older than {since[0]}.{since[1]}"
-                tests.append(Test(image.name, "skipped", 0, reason))
-                continue
-            guest(tests, image.name, built, programs=tools, disks=[image.path],
-                  script="mke2fs /dev/ram0 8192 > /dev/null && mkdir /tmp/ext2\n"
-                  "mount -t ext2 /dev/ram0 /tmp/ext2\n"
-                  "mount -t erofs -o ro /dev/ubda /mnt\n"
-                  f"dio_read --private /tmp/ext2 --name {image.name} --mount /mnt "
-                  f"--truth /host{image.data.truth} || true\n")
-            if image.name in DAMAGED:
-                broken = damage(image)
-                guest(tests, broken.name, built, programs=tools, disks=[broken.path],
-                      script="mount -t erofs -o ro /dev/ubda /mnt\n"
-                      f"dio_read --damaged --name {broken.name} --mount /mnt "
-                      f"--truth /host{image.data.truth} || true\n")
     return tests
 
 
+def oracle(tools: list[Path], image: Image) -> list[Test]:
+    """No kernel: what fails here is the image, its data or the oracle."""
+    tests: list[Test] = []
+    ktap = Ktap(tests, "host", image.name)
+    [program] = [tool for tool in tools if tool.name == "erofs_oracle"]
+    with subprocess.Popen([program, "--image", image.path, "--truth", image.data.truth,
+                           "--name", image.name, *(f"--device={path}" for path in image.devices)],
+                          stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        for line in process.stdout or ():
+            ktap.line(line.rstrip("\n"))
+    ktap.end()
+    if not tests or process.returncode < 0:
+        ktap.add("oracle", "failed", f"erofs_oracle ended with status {process.returncode}")
+    return tests
+
+
+def mount(image: Image) -> str:
+    devices = "".join(f",device=$DISK_{chr(66 + i)}" for i in range(len(image.devices)))
+    return f"mount -t erofs -o ro{devices} $DISK_A /mnt\n"
+
+
+def dio_read(settings: Settings, image: Image, options: str) -> str:
+    replay = f"--replay {shlex.quote(settings.replay)} " if settings.replay else ""
+    return mount(image) + (f"dio_read {options} {replay}--seed {settings.seed} --name {image.name} "
+                           "--mount /mnt --truth /truth || true\n")
+
+
+def dio_exercise(settings: Settings, image: Image, options: str) -> str:
+    """More of everything that dio_read does; what is in the image is the truth."""
+    seconds = f"--seconds {settings.soak} " if settings.soak else ""
+    devices = " ".join(f"--device $DISK_{chr(65 + i)}" for i in range(1 + len(image.devices)))
+    return (f"dio_exercise {options} {seconds}--seed {settings.seed} --name {image.name}-exercise "
+            f"--mount /mnt {devices} || true\n")
+
+
+def images_of(settings: Settings, vehicle_name: str) -> list[tuple[Image, tuple[int, int]]]:
+    """Emulation and sanitizers are slow: a sixth of the data is for them."""
+    if vehicle_name == "qemu":
+        return check_images(ON_QEMU, 6)
+    return check_images(tuple(FEATURES), 6 if settings.san else 1) + forged_images()
+
+
+def damage_job(settings: Settings, image: Image, since: tuple[int, ...]) -> Job:
+    return Job(image.name, dio_read(settings, image, "--damaged"), disks=(image.path,),
+               truth=image.data.truth, since=since)
+
+
+def image_jobs(settings: Settings, name: str) -> Iterator[Job]:
+    for image, since in images_of(settings, name):
+        if image.damaged:
+            yield damage_job(settings, image, since)
+            continue
+        yield Job(image.name, "mke2fs /dev/ram0 8192 > /dev/null && mkdir /tmp/ext2\n"
+                  "mount -t ext2 /dev/ram0 /tmp/ext2\n"
+                  + dio_read(settings, image, "--private /tmp/ext2")
+                  + ("" if settings.replay else SWAP
+                     + dio_exercise(settings, image, "--private /tmp/ext2")),
+                  vehicles=(name,), disks=(image.path, *image.devices), truth=image.data.truth,
+                  since=since, seconds=2 * settings.soak, skip=image.unmountable)
+        if name == "uml" and image.name in DAMAGED and not settings.replay:
+            yield damage_job(settings, damage(image), since)
+
+
+def caller_job() -> Job:
+    image = caller_image()
+    return Job(image.name, "mke2fs -b 4096 /dev/ram0 131072 > /dev/null && mkdir /tmp/ext2\n"
+               "mount -t ext2 /dev/ram0 /tmp/ext2\n"
+               "mkswap /dev/ram1 > /dev/null && swapon /dev/ram1\n"
+               "dio_callers --device $DISK_A --mount /mnt --truth /truth --scratch /tmp/ext2 "
+               f"--name {image.name} || true\n",
+               vehicles=BOTH, disks=(image.path,), truth=image.data.truth)
+
+
+def all_jobs(settings: Settings) -> list[Job]:
+    """What make check does: add to this list."""
+    jobs = [job for name in BOTH for job in image_jobs(settings, name)]
+    if not settings.replay:
+        jobs.append(caller_job())
+        jobs.append(Job("kunit", vehicles=BOTH,
+                        args=("kunit.enable=1", "kunit.filter_glob=erofs*")))
+    return jobs
+
+
+def host_tests(settings: Settings, tools: list[Path]) -> list[Test]:
+    images = [image for image, _ in images_of(settings, "uml")
+              if fnmatch.fnmatch(image.name, settings.only) and not settings.replay
+              and not image.damaged]
+    with step("reading the images without a kernel"), ThreadPoolExecutor(int(JOBS)) as pool:
+        return [test for tests in pool.map(lambda image: oracle(tools, image), images)
+                for test in tests]
+
+
+def chosen(settings: Settings) -> list[tuple[str, Job]]:
+    """Vehicles and jobs, the slow ones first: what begins last should not end last."""
+    jobs = all_jobs(settings)
+    every = [(name, job) for name in BOTH for job in jobs if name in job.vehicles]
+    some = [(name, job) for name, job in every
+            if fnmatch.fnmatch(job.name, settings.only)
+            or fnmatch.fnmatch(f"{name}.{job.name}", settings.only)]
+    if not some:
+        names = ", ".join(f"{name}.{job.name}" for name, job in every)
+        raise Failure(f"ONLY={settings.only} matches none of {names}")
+    return some
+
+
+def places() -> int:
+    """How many guests may run at a time."""
+    free = re.search(r"^MemAvailable: *(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)
+    return max(1, min(len(vehicle.CPUS), int(free[1]) * 1024 // MEMORY if free else 1))
+
+
+def all_tests(settings: Settings) -> list[Test]:
+    plan = chosen(settings)
+    tools = programs()
+    tests = host_tests(settings, tools)
+    built = {name: kernel(f"{name}-san" if settings.san else name)
+             for name in sorted({name for name, _ in plan}, reverse=True)}
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(count := places()):
+        slots.put(slot)
+
+    def one(name: str, job: Job) -> list[Test]:
+        slot = slots.get()
+        try:
+            return guest(built[name], job, tools, slot)
+        finally:
+            slots.put(slot)
+
+    version = next(iter(built.values())).version
+    with step(f"testing Linux {version}, seed {settings.seed}"), \
+            ThreadPoolExecutor(count) as pool:
+        try:
+            waiting = [pool.submit(one, name, job) for name, job in plan]
+            return tests + [test for future in waiting for test in future.result()]
+        except BaseException:
+            vehicle.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def counts(tests: list[Test]) -> dict[str, int]:
+    return {result: sum(test.result == result for test in tests)
+            for result in ("passed", "failed", "skipped")}
+
+
+def summary(tests: list[Test]) -> str:
+    return ", ".join(f"{count} {result}" for result, count in counts(tests).items())
+
+
 def check() -> None:
-    tests = all_tests()
-    counts = {result: sum(test.result == result for test in tests)
-              for result in ("passed", "failed", "skipped")}
+    settings = Settings.read()
+    tests = all_tests(settings)
+    vehicles: dict[str, list[Test]] = {}
+    for test in tests:
+        vehicles.setdefault(test.name.partition(".")[0], []).append(test)
     out = REPO / "out"
     out.mkdir(exist_ok=True)
     rows = [{key: value for key, value in asdict(test).items() if key != "reason" or value}
             for test in tests]
-    (out / "check.json").write_text(json.dumps({**counts, "tests": rows}, indent=1) + "\n")
+    (out / "check.json").write_text(json.dumps(
+        {**counts(tests), "seed": settings.seed,
+         "vehicles": {name: counts(some) for name, some in vehicles.items()}, "tests": rows},
+        indent=1) + "\n")
     for test in tests:
         if test.result != "passed":
             print(f"{test.result}: {test.name}: {test.reason}")
-    print(", ".join(f"{count} {result}" for result, count in counts.items()), flush=True)
-    if counts["failed"] or not counts["passed"]:
+    for name, some in vehicles.items():
+        print(f"{name}: {summary(some)}")
+    print(summary(tests), flush=True)
+    if counts(tests)["failed"] or not counts(tests)["passed"]:
         sys.exit(1)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import apt
+from programs import built
 from tools import erofs_utils
 from ui import FULL, JOBS, Failure, digest, entry, main, output, run, state, step, walk
 
@@ -59,6 +60,8 @@ FEATURES: dict[str, tuple[str, tuple[int, int]]] = {
     "chunks": ("--chunksize=65536", (5, 15)),
 }
 
+NESTED = {"plain": "", "lz4-64k": "-zlz4 -C65536"}
+
 
 @dataclass(frozen=True)
 class Data:
@@ -86,6 +89,9 @@ class Image:
     pcluster: int
     path: Path
     data: Data
+    devices: tuple[Path, ...] = ()
+    unmountable: str = ""
+    damaged: bool = False
 
 
 def xxh3(path: Path) -> str:
@@ -119,7 +125,10 @@ def choose(limit: int, top: str, patterns: Iterable[str]) -> Iterator[Path]:
     if not os.path.isdir(top):
         return
     for path in sorted(item.path for item in walk(top) if not item.is_symlink()):
-        size = os.lstat(path).st_size
+        try:
+            size = os.lstat(path).st_size
+        except FileNotFoundError:  # packages come and go
+            continue
         if 0 < size <= min(limit, 16 * MIB) and os.access(path, os.R_OK) and os.path.isfile(path) \
                 and any(fnmatch.fnmatch(os.path.basename(path), one) for one in patterns):
             limit -= size
@@ -173,8 +182,11 @@ def machine_data() -> Data:
     return Data(made / "files", made / "list.json")
 
 
-def check_data() -> Data:
-    """A small tree in which compressible, incompressible and zero parts meet at odd places."""
+def check_data(share: int) -> Data:
+    """A small tree in which compressible, incompressible and zero parts meet at odd places.
+
+    A fraction of it, 1/share, is for vehicles that are slow.
+    """
     source = machine_data()
 
     def make(work: Path) -> None:
@@ -183,7 +195,7 @@ def check_data() -> Data:
         noise = random.Random(1)
         with (source.truth / "big").open("rb") as big, (root / "mixed").open("wb") as mixed:
             size = (source.truth / "big").stat().st_size
-            while mixed.tell() < 24 * MIB:
+            while mixed.tell() < 24 * MIB // share:
                 length = noise.randrange(1, MIB)
                 big.seek(noise.randrange(max(1, size - length)))
                 part: Callable[[], bytes] = noise.choice([
@@ -191,12 +203,26 @@ def check_data() -> Data:
                     lambda: noise.randbytes(length // 4), lambda: bytes(length)])
                 mixed.write(part())
         small = sorted((source.truth / "small").iterdir())
-        for path in small[::len(small) // 40 + 1]:
+        for path in small[::share * (len(small) // 40 + 1)]:
             shutil.copy(path, root / "small")
         shutil.copytree(source.truth / "sizes", root / "sizes")
         describe(root, work / "list.json", "/usr")
 
-    made = entry("data", digest("check", source.listing), make)
+    made = entry("data", digest("check", str(share), source.listing), make)
+    return Data(made / "files", made / "list.json")
+
+
+def caller_data(inside: Data) -> Data:
+    """The same tree with images of itself, as in Android, and a file that is not compressed."""
+    def make(work: Path) -> None:
+        root = work / "files"
+        shutil.copytree(inside.truth, root)
+        for name, options in NESTED.items():
+            shutil.copy(make_image(inside, options), root / f"{name}.erofs")
+        (root / "noise").write_bytes(random.Random(2).randbytes(MIB))
+        describe(root, work / "list.json", "/usr")
+
+    made = entry("data", digest("callers", inside.listing, mkfs()[1], repr(NESTED)), make)
     return Data(made / "files", made / "list.json")
 
 
@@ -234,15 +260,27 @@ def make_image(data: Data, options: str) -> Path:
     return entry("image", key, make, check) / "image.erofs"
 
 
+def pack(top: Path) -> Path:
+    """The directory as an uncompressed image, for guests that do not see the host's files."""
+    program, version = mkfs()
+
+    def make(work: Path) -> None:
+        run([str(program), "--quiet", "-T0", "--all-root", str(work / "image.erofs"), str(top)],
+            what="mkfs.erofs")
+
+    return entry("image", digest("pack", version, str(top), state(top)), make) / "image.erofs"
+
+
 def damage(image: Image) -> Image:
-    """The same image with nonsense in the middle, where there is compressed data."""
+    """The same image with nonsense in places where there is data, some of it compressed."""
     def make(work: Path) -> None:
         data = bytearray(image.path.read_bytes())
-        middle = len(data) // 2
-        data[middle:middle + 65536] = b"\xff" * 65536
+        for eighth in range(3, 7):
+            start = len(data) * eighth // 8
+            data[start:start + 32768] = b"\xff" * 32768
         (work / "image.erofs").write_bytes(data)
 
-    made = entry("image", digest("damaged", image.path), make)
+    made = entry("image", digest("damaged in places", image.path), make)
     return replace(image, name=f"{image.name}-damaged", path=made / "image.erofs")
 
 
@@ -292,11 +330,50 @@ def user_image(path: Path) -> Image:
     return Image(path.name, algorithm, pcluster, made / "image.erofs", data)
 
 
-def check_images() -> list[tuple[Image, tuple[int, int]]]:
+def check_images(names: Iterable[str], share: int) -> list[tuple[Image, tuple[int, int]]]:
     apt.ensure()
-    data = check_data()
-    return [(Image(name, "", 0, make_image(data, options), data), since)
-            for name, (options, since) in FEATURES.items()]
+    data = check_data(share)
+    return [(Image(name, "", 0, make_image(data, FEATURES[name][0]), data), FEATURES[name][1])
+            for name in names]
+
+
+def caller_image() -> Image:
+    """Inodes have digests by which filesystems may share their page cache."""
+    data = caller_data(check_data(1))
+    return Image("callers", "zstd", 65536,
+                 make_image(data, "-zzstd -C65536 -x2 --xattr-inode-digest=trusted.digest"), data)
+
+
+def forge(program: Path, name: str, fsck: bool) -> Path:
+    """An image of erofs_forge and its truth, which fsck.erofs has to find in it."""
+    def make(work: Path) -> None:
+        run([str(program), "--out", str(work), "--only", name], what="erofs_forge")
+        for path in (work / name).iterdir():
+            path.rename(work / path.name)
+        (work / name).rmdir()
+        if fsck:
+            run([str(erofs_utils() / "fsck.erofs"), f"--extract={work / 'read'}", "--no-preserve",
+                 str(work / "image.erofs")], what="fsck.erofs")
+            run(["diff", "-r", str(work / "files"), str(work / "read")], what="forged image")
+            shutil.rmtree(work / "read")
+        describe(work / "files", work / "list.json", name)
+
+    return entry("forged", digest(program, name, str(fsck)), make)
+
+
+def forged_images() -> list[tuple[Image, tuple[int, int]]]:
+    """What the format allows and mkfs.erofs never makes."""
+    program = built() / "erofs_forge"
+    images = []
+    for row in json.loads(output([str(program), "--list"])):
+        made = forge(program, row["name"], not row["unknown_to_fsck"])
+        why = "its blocks are larger than a page" if row["block"] > 4096 else ""
+        devices = tuple(made / f"device{n + 1}.img" for n in range(row["devices"]))
+        data = Data(made / "files", made / "list.json")
+        images.append((Image(row["name"], "", 0, made / "image.erofs", data, devices, why,
+                             row["damaged"]),
+                       tuple(row["since"])))
+    return images
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-only
-"""Kernel sources with the series applied, and User Mode Linux built from them."""
+"""Kernel sources with the series applied, and what the vehicles boot built from them."""
 import contextlib
 import os
 import platform
@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import apt
@@ -24,8 +24,31 @@ SUITES = {
 CONFIG = REPO / "scripts/config"
 # what no build here reads; a third of all bytes of the sources
 UNUSED = "*/drivers/gpu/drm/amd/include"
-ENV = {"ARCH": "um", "KBUILD_BUILD_USER": "erofs", "KBUILD_BUILD_HOST": "localhost",
+ENV = {"KBUILD_BUILD_USER": "erofs", "KBUILD_BUILD_HOST": "localhost",
        "KBUILD_BUILD_TIMESTAMP": "1970-01-01"}
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What a vehicle calls a kernel: ARCH of make, its target, where that is, lines it prints,
+    the parts of its configuration, its objects with memcpy(), the names of its compiler."""
+    name: str
+    target: str
+    image: str
+    lines: int
+    configs: tuple[str, ...]
+    copies: tuple[str, ...]
+    cross: str = ""
+
+
+ARCHES = {
+    "uml": Arch("um", "linux", "linux", 1130, ("uml",),
+                ("arch/x86/um/../lib/memcpy_64.o", "arch/x86/um/../lib/memmove_64.o")),
+    "qemu": Arch("x86_64", "bzImage", "arch/x86/boot/bzImage", 1700, ("qemu", "qemu-x86_64"),
+                 ("arch/x86/lib/memcpy_64.o", "arch/x86/lib/memmove_64.o")),
+    "arm64": Arch("arm64", "Image", "arch/arm64/boot/Image", 1700, ("qemu", "qemu-arm64"),
+                  ("arch/arm64/lib/memcpy.o", "arch/arm64/lib/memset.o"), "aarch64-linux-gnu-"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,11 +61,25 @@ class Origin:
 
 @dataclass(frozen=True)
 class Kernel:
+    """A bootable file; its variant is the vehicle, maybe with "-san" or "-bench"."""
+    variant: str
     base: str
     version: str
-    tree: Path
-    build: Path
     linux: Path
+
+    @property
+    def vehicle(self) -> str:
+        return self.variant.partition("-")[0]
+
+    @property
+    def symbols(self) -> Path:
+        """Of a "-bench" variant: names and addresses of its functions."""
+        return self.linux.with_name("System.map")
+
+    @property
+    def decoder(self) -> Path:
+        """Of a "-bench" variant: the object with its LZ4 decoder, to be linked elsewhere."""
+        return self.linux.with_name("lz4.o")
 
 
 def kernel_version(tree: Path) -> str:
@@ -161,20 +198,27 @@ def sync(pristine: Path, tree: Path, wanted: dict[str, bytes]) -> None:
 
 
 def fragments(variant: str, base: str, commits: list[series.Commit]) -> list[Path]:
-    names = dict.fromkeys(["uml", variant, f"uml-{base}", *(["dio"] if commits else [])])
+    # "common", those of the vehicle, the other parts of the variant, the base: as far as there are
+    # such files
+    vehicle, *more = variant.split("-")
+    names = dict.fromkeys(["common", *ARCHES[vehicle].configs, *more, variant, base,
+                           f"{vehicle}-{base}",
+                           *(["dio"] if commits else [])])
     return [path for name in names if (path := CONFIG / f"{name}.config").exists()]
 
 
-def make(tree: Path, build: Path, *targets: str, what: str, total: int | None = None,
+def make(arch: Arch, tree: Path, build: Path, *targets: str, what: str, total: int | None = None,
          log: Path | None = None) -> None:
-    run(["make", "-C", str(tree), f"O={build}", f"-j{JOBS}", *targets], what=what, env=ENV,
-        total=total, log=log)
+    run(["make", "-C", str(tree), f"O={build}", f"ARCH={arch.name}",
+         f"CROSS_COMPILE={arch.cross}", f"-j{JOBS}", *targets],
+        what=what, env=ENV, total=total, log=log)
 
 
-def configure(tree: Path, build: Path, texts: list[str]) -> None:
+def configure(arch: Arch, tree: Path, build: Path, texts: list[str]) -> None:
     wanted = build / ".wanted"
     wanted.write_text("\n".join(texts))
-    make(tree, build, f"KCONFIG_ALLCONFIG={wanted}", "allnoconfig", what="kernel configuration")
+    make(arch, tree, build, f"KCONFIG_ALLCONFIG={wanted}", "allnoconfig",
+         what="kernel configuration")
     line = re.compile(r"^(?:CONFIG_(\w+)=(.*)|# CONFIG_(\w+) is not set)$", re.M)
 
     def values(text: str) -> dict[str, str]:
@@ -209,10 +253,11 @@ def erofs(tree: Path, build: Path, base: str, *more: str) -> list[str]:
     symbols = [name for name in re.findall(r"^CONFIG_(\w+)=y$", dio, re.M)
                if re.search(rf"^config {name}$", kconfig, re.M)]
     texts = [path.read_text() for path in fragments("uml", base, [])]
-    configure(tree, build, texts + [f"CONFIG_{name}=y" for name in symbols])
+    configure(ARCHES["uml"], tree, build, texts + [f"CONFIG_{name}=y" for name in symbols])
     shutil.rmtree(build / "fs/erofs", ignore_errors=True)  # only what is compiled can warn
     log = build / "erofs.log"
-    make(tree, build, "W=1", *more, "fs/erofs/", what="build of fs/erofs", total=60, log=log)
+    make(ARCHES["uml"], tree, build, "W=1", *more, "fs/erofs/", what="build of fs/erofs", total=60,
+         log=log)
     return re.findall(r"^.*\b(?:warning|error):.*$", log.read_text(), re.I | re.M)
 
 
@@ -246,12 +291,29 @@ def whole(build: Path) -> Iterator[None]:
     mark.unlink()
 
 
+def built_of(commits: list[series.Commit]) -> list[series.Commit]:
+    """The commits without programs of user space, which change when no kernel does."""
+    return [replace(commit, files={name: data for name, data in commit.files.items()
+                                   if not name.startswith("tools/")}) for commit in commits]
+
+
+def keep_decoder(arch: Arch, objects: Path, work: Path) -> None:
+    """The decoder with the memcpy() it calls as one object without names that clash with libc's."""
+    shutil.copy2(objects / "System.map", work)
+    parts = [str(objects / part) for part in ("lib/lz4/lz4_decompress.o", *arch.copies)]
+    target = str(work / "lz4.o")
+    run([f"{arch.cross}ld", "-r", "-o", target, *parts], what="decoder")
+    run([f"{arch.cross}objcopy", "--keep-global-symbol=LZ4_decompress_safe",
+         "--keep-global-symbol=LZ4_decompress_safe_partial", target], what="decoder")
+
+
 def kernel(variant: str = "uml") -> Kernel:
     apt.ensure()
+    arch = ARCHES[variant.partition("-")[0]]
     source = origin()
-    commits = series.load(source.base)
+    commits = built_of(series.load(source.base))
     texts = [path.read_text() for path in fragments(variant, source.base, commits)]
-    gcc = output(["gcc", "--version"]).splitlines()[0]
+    gcc = output([f"{arch.cross}gcc", "--version"]).splitlines()[0]
     # commits hold the content they were read with: what is built is what the key says
     key = digest(source.base, source.name, variant, gcc, repr(commits), *texts)
 
@@ -261,18 +323,19 @@ def kernel(variant: str = "uml") -> Kernel:
             sync(pristine, tree, series.apply(commits, pristine, version))
             with step(f"building Linux {version} ({variant}, {len(commits)} commits)"), \
                     whole(objects):
-                configure(tree, objects, texts)
-                make(tree, objects, "linux", what="kernel build", total=1130)
-            shutil.copy2(objects / "linux", work)
+                configure(arch, tree, objects, texts)
+                make(arch, tree, objects, arch.target, what=f"kernel build {variant}",
+                     total=arch.lines)
+            shutil.copy2(objects / arch.image, work / "linux")
+            if "bench" in variant.split("-"):
+                keep_decoder(arch, objects, work)
             (work / "version").write_text(version)
 
     done = entry("kernel", key, build)
-    top = cache_dir() / "work" / re.sub(r"-\w{20}$", "", source.name)
-    return Kernel(source.base, (done / "version").read_text(), top / "tree",
-                  top / f"build-{variant}", done / "linux")
+    return Kernel(variant, source.base, (done / "version").read_text(), done / "linux")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["build"]:
-        sys.exit("usage: kernel.py build")
-    main(lambda: print(kernel().linux))
+    if len(sys.argv) != 2 or not set(sys.argv[1].split("-")) <= {*ARCHES, "san", "bench"}:
+        sys.exit("usage: kernel.py {uml,qemu,arm64}[-san|-bench]")
+    main(lambda: print(kernel(sys.argv[1]).linux))

@@ -1,6 +1,8 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-only
 """make lint: every checker there is for what this repository holds."""
+import shutil
+import tempfile
 from pathlib import Path
 
 import apt
@@ -46,6 +48,18 @@ def texts(everything: list[Path]) -> None:
         run(["clang-format", "--dry-run", "-Werror", *cxx], what="clang-format")
 
 
+def documents(everything: list[Path]) -> None:
+    """A project of our documents alone, with the kernel's heading: Sphinx must find no fault."""
+    pages = [path for path in everything if path.suffix == ".rst"]
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name)
+        names = "\n   ".join(Path(shutil.copy(path, top)).stem for path in pages)
+        (top / "conf.py").write_text("")
+        (top / "index.rst").write_text(f"=====\nIndex\n=====\n\n.. toctree::\n\n   {names}\n")
+        run(["/usr/bin/sphinx-build", "-q", "-n", "-W", "--keep-going", name, f"{name}/html"],
+            what="sphinx-build")
+
+
 def sources(everything: list[Path]) -> None:
     checker = sparse()
     origin = kernel.origin()
@@ -66,10 +80,13 @@ def sources(everything: list[Path]) -> None:
 
 
 def lint() -> None:
-    apt.ensure("git", "perl", "shellcheck", "python3-pyflakes", "pycodestyle", "clang-format")
+    apt.ensure("git", "perl", "shellcheck", "python3-pyflakes", "pycodestyle", "clang-format",
+               "python3-sphinx")
     everything = repository(REPO)
     with step("licence lines, shell, Python, C++"):
         texts(everything)
+    with step("documents"):
+        documents(everything)
     with step("checkpatch, kernel-doc, W=1 and sparse on fs/erofs"):
         sources(everything)
     say("lint: nothing to complain about")

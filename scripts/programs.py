@@ -5,21 +5,70 @@ import shutil
 from pathlib import Path
 
 import apt
-from ui import JOBS, REPO, digest, entry, output, run, step
+from kernel import ARCHES, Kernel
+from ui import JOBS, REPO, Failure, digest, entry, output, run, step
 
 SOURCE = REPO / "tools/testing/selftests/erofs"
-NAMES = ("dio_read", "dio_speed")
+NAMES = ("dio_callers", "dio_exercise", "dio_read", "dio_speed", "erofs_forge", "erofs_oracle")
+# libraries that are nothing but headers, the same for all architectures
+HEADERS = ("CLI", "nlohmann")
 
 
-def programs() -> list[Path]:
+def built(names: tuple[str, ...] = NAMES, *variables: str, gcc: str = "g++",
+          parts: tuple[Path, ...] = ()) -> Path:
+    """Directory with the programs; variables are their Makefile's, parts files that these name."""
     apt.ensure()
     sources = [SOURCE / "Makefile", *sorted(SOURCE.glob("*.[ch]pp"))]
 
     def make(work: Path) -> None:
-        for path in sources:
+        for path in (*sources, *parts):
             shutil.copy(path, work)
-        with step("building the test programs"):
-            run(["make", f"-j{JOBS}"], what="test programs", cwd=work)
+        with step(f"building {', '.join(names)}"):
+            run(["make", f"-j{JOBS}", *names, *variables], what="test programs", cwd=work)
 
-    made = entry("programs", digest(output(["g++", "--version"]), *sources), make)
+    key = digest(output([gcc, "--version"]), *names, *variables, *sources, *parts)
+    return entry("programs", key, make)
+
+
+def programs() -> list[Path]:
+    made = built()
     return [made / name for name in NAMES]
+
+
+def oracle() -> Path:
+    return built() / "erofs_oracle"
+
+
+def bench(linux: Kernel) -> Path:
+    """dio_bench for the machine of this kernel, with the decoder of this kernel in it."""
+    arch = ARCHES[linux.vehicle]
+    variables = [f"KERNEL_LZ4={linux.decoder.name}"]
+    if arch.cross:
+        root = apt.foreign(arch.name, "liburing-dev", "libxxhash-dev") / "usr"
+
+        def headers(work: Path) -> None:
+            for name in HEADERS:
+                (work / name).symlink_to(Path("/usr/include", name))
+
+        more = entry("headers", digest(*HEADERS), headers)
+        variables += [f"CXX={arch.cross}g++",
+                      f"CXXFLAGS=-O2 -isystem {root}/include -isystem {more}",
+                      f"LDFLAGS=-L{root}/lib/{arch.cross.rstrip('-')}"]
+    return built(("dio_bench",), *variables, gcc=f"{arch.cross}g++",
+                 parts=(linux.decoder,)) / "dio_bench"
+
+
+def counter() -> Path:
+    """The plugin for QEMU; Debian has the header that it needs in QEMU's sources only."""
+    source = REPO / "scripts/count_insns.cpp"
+    header = apt.source("qemu", ["bookworm-updates", "bookworm"]) / "include/qemu/qemu-plugin.h"
+    if not header.exists():
+        raise Failure(f"{header}: no such file: the sources of this QEMU are laid out otherwise")
+
+    def make(work: Path) -> None:
+        # alone, or other headers beside it would be taken for those of the system
+        shutil.copy(header, work)
+        run(["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared",
+             f"-I{work}", "-o", str(work / "count_insns.so"), str(source)], what="plugin")
+
+    return entry("plugin", digest(source, header), make) / "count_insns.so"

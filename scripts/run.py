@@ -9,7 +9,7 @@ from typing import Any
 
 import vehicle
 from images import TIMED, Image, run_images
-from kernel import kernel
+from kernel import Kernel, kernel
 from programs import programs
 from ui import REPO, Failure, main, say, step
 
@@ -36,14 +36,14 @@ What to try next:
   make series          the patches, ready to send"""
 
 
-def measure(linux: Path, image: Image, tools: list[Path]) -> dict[str, Any]:
+def measure(built: Kernel, image: Image, tools: list[Path]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     marks: list[float] = []
     trouble: list[str] = []
 
-    def on_line(line: str) -> str | None:
+    def on_line(line: str, guest: vehicle.Guest) -> str | None:
         if line == "@cpu":
-            marks.append(vehicle.cpu_seconds())
+            marks.append(guest.cpu_seconds())
             return "noted"
         if line.startswith("@json "):
             rows.append(json.loads(line.removeprefix("@json ")))
@@ -54,9 +54,9 @@ def measure(linux: Path, image: Image, tools: list[Path]) -> dict[str, Any]:
         return None
 
     try:
-        vehicle.boot(linux, programs=tools, disks=[image.path], on_line=on_line,
+        vehicle.boot(built, programs=tools, disks=[image.path], on_line=on_line,
                      timeout=120 + image.data.size / (1 << 20),
-                     script="dio_speed --device /dev/ubda --mount /mnt "
+                     script="dio_speed --device $DISK_A --mount /mnt "
                      f"--list '/host{image.data.listing}' --rounds {ROUNDS}\n")
     except Failure as failure:
         why = [row["error"] for row in rows if "error" in row] or trouble or [str(failure)]
@@ -111,7 +111,7 @@ def run_all() -> None:
     rows = []
     for image in images:
         with step(f"reading {image.name} on Linux {built.version}"):
-            rows.append(measure(built.linux, image, tools))
+            rows.append(measure(built, image, tools))
     out = REPO / "out"
     out.mkdir(exist_ok=True)
     (out / "run.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -21,8 +21,9 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 JOBS = os.environ.get("JOBS") or str(len(os.sched_getaffinity(0)))
 # settings of this repository's make, which another make would take for its own
-OURS = {"BASE", "KSRC", "IMAGE", "DATA", "CACHE", "JOBS", "MAKEFLAGS", "MFLAGS", "MAKELEVEL",
-        "MAKEOVERRIDES", "ARCH", "CROSS_COMPILE", "KBUILD_OUTPUT", "GIT_DIR", "GIT_WORK_TREE"}
+OURS = {"BASE", "KSRC", "IMAGE", "DATA", "CACHE", "JOBS", "SAN", "SOAK", "SEED", "ONLY", "REPLAY",
+        "FULL", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES",
+        "ARCH", "CROSS_COMPILE", "KBUILD_OUTPUT", "GIT_DIR", "GIT_WORK_TREE"}
 FULL = "disk full: free space or set CACHE= to a directory with room"
 
 
@@ -31,7 +32,8 @@ class Failure(Exception):
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{text}\n")  # at once, or threads would mix their lines
+    sys.stderr.flush()
 
 
 def main(fn: Callable[[], Any]) -> None:

@@ -1,59 +1,150 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-only
-"""Boots User Mode Linux and runs a shell script in it."""
+"""Boots a kernel, in User Mode Linux or QEMU, and runs a shell script in it."""
 import contextlib
 import os
 import re
 import resource
 import secrets
 import selectors
+import shlex
 import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import apt
+from images import pack
+from kernel import Kernel
 from ui import FULL, REPO, Failure, cache_dir, run, say
 
 # only lines of the kernel log count: what a test program prints is its own business
 BAD = re.compile(r"\[ *\d+\.\d{6}\].*(Kernel panic|BUG:|WARNING:|Oops|KASAN|UBSAN|KMSAN|KCSAN"
                  r"|possible circular locking|possible recursive locking|inconsistent lock state"
                  r"|suspicious RCU usage|sleeping function called|blocked for more than"
-                 r"|general protection fault|kmemleak: \d+ new)")
+                 r"|general protection fault|pagealloc: |kmemleak: \d+ new)")
 BUSYBOX = Path("/bin/busybox")
-
-_session = 0
-_seen: dict[tuple[int, int], int] = {}
+CPUS = sorted(os.sched_getaffinity(0))
 
 
-def _pids() -> Iterator[int]:
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if int(path.joinpath("stat").read_text().rpartition(")")[2].split()[3]) == _session:
-                yield int(path.name)
-        except OSError:
-            pass
+class Guest:
+    """A running guest: its console, its CPU time, and the end of all of its processes."""
+    running: set["Guest"] = set()
+    lock = threading.Lock()
+    stopped = False
 
-
-def cpu_seconds() -> float:
-    """User and system time of the guest so far; what ended counts as far as it was last seen."""
-    for pid in _pids():
-        for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+    def __init__(self, cmd: list[str], env: dict[str, str]) -> None:
+        self.lines: list[str] = []
+        self.seen: dict[tuple[int, int], int] = {}
+        with Guest.lock:
+            if Guest.stopped:
+                raise Failure("stopped")
             try:
-                _seen[pid, int(path.parent.name)] = int(path.read_text().split()[0])
+                self.process = subprocess.Popen(
+                    cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    start_new_session=True, env={**os.environ, **env})
+            except FileNotFoundError as missing:
+                raise Failure(f"no {missing.filename} on this machine: install it") from None
+            Guest.running.add(self)
+
+    def __enter__(self) -> "Guest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.process.wait()
+        with Guest.lock:
+            Guest.running.discard(self)
+
+    def kill(self) -> None:
+        while pids := list(self._pids()):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.poll()
+
+    def _pids(self) -> Iterator[int]:
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                session = path.joinpath("stat").read_text().rpartition(")")[2].split()[3]
+                if int(session) == self.process.pid:
+                    yield int(path.name)
             except OSError:
                 pass
-    return sum(_seen.values()) / 1e9
+
+    def cpu_seconds(self) -> float:
+        """User and system time so far; what ended counts as far as it was last seen."""
+        for pid in self._pids():
+            for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+                try:
+                    self.seen[pid, int(path.parent.name)] = int(path.read_text().split()[0])
+                except OSError:
+                    pass
+        return sum(self.seen.values()) / 1e9
+
+    def follow(self, timeout: float, on_line: "OnLine") -> str:
+        """Follow the console to its end; the reason to stop earlier, if there is one."""
+        assert self.process.stdin and self.process.stdout
+        end, rest = time.monotonic() + timeout, b""
+        with selectors.DefaultSelector() as ready:
+            ready.register(self.process.stdout, selectors.EVENT_READ)
+            while True:
+                if not ready.select(max(0, end - time.monotonic())):
+                    return f"hangs: no end after {timeout:.0f} s"
+                data = os.read(self.process.stdout.fileno(), 65536)
+                *whole, rest = (rest + data).split(b"\n")
+                for raw in whole if data else [rest]:
+                    line = raw.decode(errors="replace").rstrip("\r")
+                    self.lines.append(line)
+                    if answer := on_line(line, self):
+                        with contextlib.suppress(BrokenPipeError):  # the status tells why it ended
+                            self.process.stdin.write(answer.encode() + b"\n")
+                            self.process.stdin.flush()
+                if not data:
+                    return ""
 
 
-def _initramfs(work: Path, programs: list[Path], script: str) -> Path:
+OnLine = Callable[[str, Guest], str | None]
+
+
+def stop() -> None:
+    """End all guests, those of other threads too, and start no new one."""
+    with Guest.lock:
+        Guest.stopped = True
+        guests = list(Guest.running)
+    for guest in guests:
+        guest.kill()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What QEMU shows to the guest; packages come from elsewhere if it is not the host's kind."""
+    args: tuple[str, ...]
+    console: str
+
+
+MACHINES = {
+    "qemu": Machine(("qemu-system-x86_64", "-M", "q35"), "ttyS0"),
+    "arm64": Machine(("qemu-system-aarch64", "-M", "virt", "-cpu", "cortex-a76"), "ttyAMA0"),
+}
+
+
+def _busybox(built: Kernel) -> Path:
+    if built.vehicle != "arm64":
+        return BUSYBOX
+    return apt.foreign("arm64", "busybox-static") / "bin/busybox"
+
+
+def _initramfs(work: Path, busybox: Path, programs: list[Path], script: str) -> None:
     root = work / "root"
-    for name in ("bin", "proc", "sys", "dev", "tmp", "host", "mnt"):
+    for name in ("bin", "proc", "sys", "dev", "tmp", "host", "truth", "mnt"):
         (root / name).mkdir(parents=True)
-    for program in (BUSYBOX, *programs):
+    for program in (busybox, *programs):
         shutil.copy(program, root / "bin")
     for name in subprocess.check_output([BUSYBOX, "--list"], text=True).split():
         if not (root / "bin" / name).exists():
@@ -62,7 +153,6 @@ def _initramfs(work: Path, programs: list[Path], script: str) -> Path:
     (root / "init").chmod(0o755)
     (root / "job").write_text(script)
     run(["sh", "-c", "find . | cpio --quiet -o -H newc > ../initramfs"], what="initramfs", cwd=root)
-    return work / "initramfs"
 
 
 def _memory_dir(mem: str) -> str:
@@ -74,69 +164,76 @@ def _memory_dir(mem: str) -> str:
     raise Failure(FULL)
 
 
-def _pin() -> None:
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def _uml(linux: Path, work: Path, disks: list[Path], mem: str, slot: int) -> list[str]:
+    return ["taskset", "-c", str(CPUS[-1 - slot % len(CPUS)]), str(linux), f"mem={mem}",
+            f"initrd={work / 'initramfs'}", "con=null", "con0=fd:0,fd:1", "ssl=null",
+            f"uml_dir={work}", *(f"ubd{chr(97 + i)}r={disk}" for i, disk in enumerate(disks)),
+            # a system call costs a third with it; older kernels do not know it
+            *(["seccomp=on"] if b"seccomp=" in linux.read_bytes() else [])]
 
 
-def _console(guest: subprocess.Popen[bytes], lines: list[str], timeout: float,
-             on_line: Callable[[str], str | None]) -> str:
-    """Follow the console to its end; the reason to stop earlier, if there is one."""
-    assert guest.stdin and guest.stdout
-    end, rest = time.monotonic() + timeout, b""
-    with selectors.DefaultSelector() as ready:
-        ready.register(guest.stdout, selectors.EVENT_READ)
-        while True:
-            if not ready.select(max(0, end - time.monotonic())):
-                return f"hangs: no end after {timeout:.0f} s"
-            data = os.read(guest.stdout.fileno(), 65536)
-            *whole, rest = (rest + data).split(b"\n")
-            for raw in whole if data else [rest]:
-                line = raw.decode(errors="replace").rstrip("\r")
-                lines.append(line)
-                if answer := on_line(line):
-                    with contextlib.suppress(BrokenPipeError):  # the status tells why it ended
-                        guest.stdin.write(answer.encode() + b"\n")
-                        guest.stdin.flush()
-            if not data:
-                return ""
+def _qemu(built: Kernel, work: Path, disks: list[Path], mem: str, cpus: int, vm: list[str],
+          append: list[str]) -> list[str]:
+    drives = [f"if=virtio,format=raw,readonly=on,file={str(disk).replace(',', ',,')}"
+              for disk in disks]
+    machine = MACHINES[built.vehicle]
+    return [*machine.args, "-accel", f"tcg,thread={'multi' if cpus > 1 else 'single'}",
+            "-smp", str(cpus), "-m", mem, "-nodefaults", "-no-user-config", "-display", "none",
+            "-serial", "stdio", "-no-reboot", *vm,
+            "-kernel", str(built.linux), "-initrd", str(work / "initramfs"),
+            *(word for drive in drives for word in ("-drive", drive)),
+            "-append", " ".join([f"console={machine.console}", "panic=-1", *append])]
 
 
-def boot(linux: Path, *, programs: list[Path], script: str, disks: list[Path] = [],
-         mem: str = "1536M", args: list[str] = [], timeout: float,
-         on_line: Callable[[str], str | None] | None = None) -> list[str]:
-    """Run script in a guest and return its console; anything but a clean success is a Failure."""
-    global _session
+def boot(built: Kernel, *, programs: list[Path], script: str, disks: list[Path] = [],
+         truth: Path | None = None, mem: str = "1536M", args: list[str] = [], timeout: float,
+         slot: int = 0, cpus: int = 2, vm: list[str] = [],
+         on_line: OnLine = lambda line, guest: None) -> list[str]:
+    """Run script in a guest and return its console; anything but a clean success is a Failure.
+
+    The script finds the disks as $DISK_A, $DISK_B... and the directory truth as /truth. User Mode
+    Linux has one CPU; options of QEMU, as which vm is taken, mean nothing to it.
+    """
     apt.ensure()
     token = f"done-{secrets.token_hex(16)}"
-    lines: list[str] = []
+    args = ["panic_on_warn=1", f"token={token}", *args]
+    if "san" in built.variant.split("-"):
+        # KASAN does not see what a device writes into pages that are free, and stale pointers in
+        # the caches of the slab allocator hide from kmemleak what is leaked less than 1000 times
+        args += ["kasan_multi_shot", "page_poison=1", "slab_debug=F"]
     with tempfile.TemporaryDirectory(prefix="boot-", dir=cache_dir()) as name:
         work = Path(name)
-        initramfs = _initramfs(work, programs, script)
-        cmd = [str(linux), f"mem={mem}", f"initrd={initramfs}", "con=null", "con0=fd:0,fd:1",
-               "ssl=null", "panic_on_warn=1", f"token={token}", f"uml_dir={work}",
-               *(f"ubd{chr(97 + i)}r={disk}" for i, disk in enumerate(disks)),
-               # a system call costs a third with it; older kernels do not know it
-               *(["seccomp=on"] if b"seccomp=" in linux.read_bytes() else []), *args]
-        guest = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_pin,
-                                 env={**os.environ, "TMPDIR": _memory_dir(mem)})
-        _session = guest.pid
-        _seen.clear()
-        try:
-            why = _console(guest, lines, timeout, on_line or (lambda line: None))
-        finally:
-            while pids := list(_pids()):
-                for pid in pids:
-                    os.kill(pid, signal.SIGKILL)
-                guest.poll()
-            guest.wait()
-    bad = next((line for line in lines if BAD.search(line)), None)
-    why = f"reports: {bad.strip()}" if bad else why
-    if not why and not any(line.endswith(token) for line in lines):
-        why = f"ended without success (status {guest.returncode})"
-    if why:
-        for line in lines[-40:]:
-            say(f"  | {line}")
-        raise Failure(f"the guest {why}")
-    return lines
+        device = "ubd" if built.vehicle == "uml" else "vd"
+        setup = [f"export DISK_{chr(65 + i)}=/dev/{device}{chr(97 + i)}" for i in range(len(disks))]
+        if built.vehicle == "uml":
+            setup.append("mount -t hostfs -o ro none /host")
+            setup += [f"mount --bind {shlex.quote(f'/host{truth}')} /truth"] if truth else []
+            cmd = [*_uml(built.linux, work, disks, mem, slot), *args]
+        else:
+            setup += [f"mount -t erofs -o ro /dev/vd{chr(97 + len(disks))} /truth"] if truth else []
+            disks = [*disks, *([pack(truth)] if truth else [])]
+            cmd = _qemu(built, work, disks, mem, cpus, vm, args)
+        _initramfs(work, _busybox(built), programs, "\n".join([*setup, script]))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        with Guest(cmd, {"TMPDIR": _memory_dir(mem)}) as guest:
+            why = guest.follow(timeout, on_line)
+    return _verdict(guest, token, why)
+
+
+def _verdict(guest: Guest, token: str, why: str) -> list[str]:
+    lines = guest.lines
+    if Guest.stopped:
+        raise Failure("the guest was stopped")
+    first = next((number for number, line in enumerate(lines)
+                  if BAD.search(line)), None)
+    if first is not None:
+        why = f"reports: {lines[first].strip()}"
+    # the kernel may print its command line, which ends with the token as well
+    elif not why and not any(line.endswith(token) and not line.endswith(f"={token}")
+                             for line in lines):
+        why = f"ended without success (status {guest.process.returncode})"
+    if not why:
+        return lines
+    shown = lines[-40:] if first is None else lines[max(0, first - 5):first + 55]
+    say("\n".join(f"  | {line}" for line in shown))
+    raise Failure(f"the guest {why}")
