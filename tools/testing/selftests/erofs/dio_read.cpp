@@ -3,23 +3,22 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
+#include <atomic>
 #include <cstdint>
 #include <fstream>
 #include <random>
 #include <set>
-#include <sstream>
 #include <thread>
 
 #include <CLI/CLI.hpp>
-#include <linux/fiemap.h>
-#include <linux/stat.h>
-#include <sys/ioctl.h>
 #include <sys/uio.h>
 #include <sys/utsname.h>
 
 #include "io.hpp"
 #include "ktap.hpp"
+#include "reads.hpp"
+#include "target.hpp"
+#include "trace.hpp"
 
 namespace fs = std::filesystem;
 using std::size_t;
@@ -28,167 +27,14 @@ using Result = std::optional<std::string>;
 namespace
 {
 
-constexpr size_t kPage = 4096;
-constexpr size_t kGuard = 2 * kPage;
-constexpr size_t kMiB = 1 << 20;
 constexpr size_t kArena = 40 * kMiB;
-const fs::path kTracing = "/sys/kernel/tracing";
 const fs::path kFaults = "/sys/kernel/debug/fail_page_alloc";
-
-struct Segment {
-	size_t at; // distance from a page boundary of the arena
-	size_t len;
-};
-
-struct Call {
-	std::string file;
-	size_t offset;
-	std::vector<Segment> segments;
-
-	size_t length() const
-	{
-		size_t sum = 0;
-		for (const auto &segment : segments)
-			sum += segment.len;
-		return sum;
-	}
-	std::string spec() const
-	{
-		std::string text = file + ',' + std::to_string(offset);
-		for (const auto &segment : segments)
-			text += ',' + std::to_string(segment.at) + '+' +
-				std::to_string(segment.len);
-		return text;
-	}
-};
-
-size_t number(std::string_view text)
-{
-	size_t value = 0;
-	const auto [end, code] = std::from_chars(text.begin(), text.end(), value);
-	if (code != std::errc() || end != text.end())
-		throw Error("--replay", 0, "a number", text);
-	return value;
-}
-
-Call parse_spec(const std::string &spec)
-{
-	std::vector<std::string> fields;
-	std::istringstream in(spec);
-	for (std::string field; std::getline(in, field, ',');)
-		fields.push_back(field);
-	if (fields.size() < 3)
-		throw Error("--replay", 0, "FILE,OFFSET,AT+LEN[,AT+LEN]...", spec);
-	Call call{fields[0], number(fields[1]), {}};
-	for (size_t i = 2; i < fields.size(); ++i) {
-		const auto plus = fields[i].find('+');
-		if (plus == std::string::npos)
-			throw Error("--replay", 0, "AT+LEN", fields[i]);
-		call.segments.push_back(
-			{number(fields[i].substr(0, plus)), number(fields[i].substr(plus + 1))});
-		if (call.segments.back().at + call.segments.back().len > kArena - 2 * kGuard)
-			throw Error("--replay", 0, "segments within the arena", fields[i]);
-	}
-	return call;
-}
-
-struct Target {
-	std::string name;
-	fs::path path;
-	Fd fd;
-	std::vector<std::byte> truth;
-	size_t block;
-	bool compressed;
-	bool packed; // as a whole, together with other files
-
-	size_t size() const { return truth.size(); }
-	std::span<const std::byte> expect(size_t offset, size_t length) const
-	{
-		const auto start = std::min(offset, size());
-		return std::span(truth).subspan(start, std::min(length, size() - start));
-	}
-	size_t aligned_size() const { return (size() + block - 1) / block * block; }
-};
-
-std::vector<std::byte> slurp(const fs::path &path)
-{
-	const Fd fd(path, O_RDONLY);
-	std::vector<std::byte> data(file_size(fd));
-	for (size_t done = 0; done < data.size();) {
-		const auto got = ::pread(fd, data.data() + done, data.size() - done,
-					 static_cast<off_t>(done));
-		if (got <= 0)
-			throw Error(path.string(), static_cast<off_t>(done), "data",
-				    got ? errno_text(errno) : "end of file");
-		done += static_cast<size_t>(got);
-	}
-	return data;
-}
-
-// What is in the packed inode has no place of its own.
-bool packed_as_a_whole(int fd)
-{
-	alignas(fiemap) std::array<std::byte, sizeof(fiemap) + sizeof(fiemap_extent)> space{};
-	auto *const map = reinterpret_cast<fiemap *>(space.data());
-	map->fm_length = FIEMAP_MAX_OFFSET;
-	map->fm_extent_count = 1;
-	// FS_IOC_FIEMAP, but <linux/fs.h> does not go with <sys/mount.h> of glibc 2.36
-	if (::ioctl(fd, _IOWR('f', 11, fiemap), map))
-		throw Error("FS_IOC_FIEMAP", 0, "success", errno_text(errno));
-	return map->fm_mapped_extents && !map->fm_extents[0].fe_physical;
-}
-
-Target open_target(const fs::path &mount, const fs::path &truth, const std::string &name)
-{
-	const auto path = mount / name;
-	Fd fd(path, O_RDONLY | O_DIRECT);
-	struct statx info;
-	if (::statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &info))
-		throw Error(path.string(), 0, "statx", errno_text(errno));
-	const bool packed = packed_as_a_whole(fd);
-	Target target{name,
-		      path,
-		      std::move(fd),
-		      slurp(truth / name),
-		      info.stx_blksize,
-		      (info.stx_attributes & STATX_ATTR_COMPRESSED) != 0,
-		      packed};
-	if (info.stx_size != target.size())
-		throw Error(path.string(), 0, std::to_string(target.size()) + " bytes",
-			    std::to_string(info.stx_size));
-	return target;
-}
-
-// How the kernel says that it has served requests.
-class PathTrace
-{
-public:
-	static bool available() { return fs::exists(event()); }
-	PathTrace() { std::ofstream(event()) << 1; }
-	PathTrace(const PathTrace &) = delete;
-	PathTrace &operator=(const PathTrace &) = delete;
-	~PathTrace() { std::ofstream(event()) << 0; }
-
-	static void forget() { std::ofstream(kTracing / "trace", std::ios::trunc); }
-	static std::set<std::string> taken()
-	{
-		std::ifstream trace(kTracing / "trace");
-		std::set<std::string> paths;
-		for (std::string line; std::getline(trace, line);)
-			if (line.find(" erofs_dio_read: ") != line.npos)
-				paths.insert(line.substr(line.rfind(' ') + 1));
-		return paths;
-	}
-
-private:
-	static fs::path event() { return kTracing / "events/erofs/erofs_dio_read/enable"; }
-};
 
 class Tester
 {
 public:
 	Tester(const fs::path &mount, const fs::path &truth, uint64_t seed)
-	    : rng_(seed), arena_(kArena), pattern_(kArena), want_(kArena)
+	    : rng_(seed), arena_(kArena), pattern_(noise(kArena, seed)), judge_(pattern_)
 	{
 		std::vector<std::string> names;
 		for (const auto &entry : fs::recursive_directory_iterator(truth))
@@ -196,41 +42,28 @@ public:
 				names.push_back(fs::relative(entry.path(), truth));
 		std::ranges::sort(names);
 		for (const auto &name : names)
-			targets_.push_back(open_target(mount, truth, name));
+			targets_.push_back(open_target(mount, name, slurp(truth / name)));
 		if (targets_.empty())
 			throw Error(truth.string(), 0, "files", "none");
-		std::mt19937_64 noise(seed);
-		for (auto &byte : pattern_)
-			byte = static_cast<std::byte>(noise());
-		std::ranges::copy(pattern_, arena_.bytes().begin());
+		refill();
 	}
 
-	// The whole memory around the segments is compared too: guards, gaps and unread rests.
 	void check(const Target &target, const Call &call)
 	{
+		target.uncache();
+		check_as_it_is(target, call);
+	}
+
+	void check_as_it_is(const Target &target, const Call &call)
+	{
 		++reads_;
-		size_t end = kGuard;
-		for (const auto &segment : call.segments)
-			end = std::max(end, kGuard + segment.at + segment.len);
-		end += kGuard;
-		const auto arena = arena_.bytes().first(end);
-		const auto want = std::span(want_).first(end);
-		std::copy_n(pattern_.begin(), end, want.begin());
-		const auto answer = read(target, call);
-		const int code = answer < 0 ? errno : 0;
-		if (code == EINVAL && !target.compressed && misaligned(target, call)) {
-			std::copy_n(pattern_.begin(), end, arena.begin());
-			return;
-		}
-		const auto data = target.expect(call.offset, call.length());
-		if (answer != static_cast<ssize_t>(data.size()))
-			fail(call, Error(target.path.string(), static_cast<off_t>(call.offset),
-					 std::to_string(data.size()) + " bytes",
-					 code ? errno_text(code) : std::to_string(answer)));
-		fill_expected(target, call, data, want, arena);
-		if (std::memcmp(arena.data(), want.data(), end))
-			explain(target, call, arena, want);
-		std::copy_n(pattern_.begin(), end, arena.begin());
+		const auto parts = call.parts(arena_.bytes());
+		const auto answer =
+			::preadv(target.fd, parts.data(), static_cast<int>(parts.size()),
+				 static_cast<off_t>(call.offset));
+		if (const auto wrong =
+			    judge_(arena_.bytes(), target, call, answer < 0 ? -errno : answer))
+			fail(call, *wrong);
 	}
 
 	Result every_offset()
@@ -319,6 +152,68 @@ public:
 		return reads_ == before ? Result("no file of this image is compressed") : Result();
 	}
 
+	// Of an extent that goes beyond a read, the rest is kept for the next one of the same file.
+	Result sequential_reads()
+	{
+		const auto &target = biggest();
+		const auto end = std::min(target.size(), 6 * kMiB);
+		for (const size_t step : {target.block, 5 * target.block, 64 * size_t{1024},
+					  64 * size_t{1024} + target.block, 3 * kMiB}) {
+			const Fd fd(target.path, O_RDONLY | O_DIRECT);
+			// a dozen reads, then some that another reader disturbs
+			for (size_t done = 0, count = 0; done < end; ++count) {
+				if (count % 7 == 3)
+					std::ofstream("/proc/sys/vm/drop_caches") << 2;
+				if (count % 13 == 12)
+					read_at(target, fd, pick(end) / target.block * target.block,
+						step);
+				done += read_at(target, fd, done, step);
+			}
+			std::vector<std::jthread> readers;
+			std::atomic<bool> wrong = false;
+			for (size_t i = 0; i < 4; ++i)
+				readers.emplace_back([&, i] {
+					const Mapping memory(step);
+					for (size_t at = 0; at < end && !wrong; at += step) {
+						const auto want = target.expect(at, step);
+						const auto got =
+							::pread(fd, memory.bytes().data(), step,
+								static_cast<off_t>(at));
+						wrong = got != static_cast<ssize_t>(want.size()) ||
+							std::memcmp(memory.bytes().data(),
+								    want.data(), want.size());
+						if (wrong)
+							break;
+					}
+				});
+			readers.clear();
+			if (wrong)
+				throw Error(target.path.string(), 0, "the bytes of the truth",
+					    "others, with four readers of " + std::to_string(step) +
+						    " bytes each");
+		}
+		return {};
+	}
+
+	// Wholly or in part: copied or decoded, it is the same.
+	Result cached_data()
+	{
+		const auto before = reads_;
+		for (const auto &target : targets_) {
+			if (!target.compressed)
+				continue;
+			for (const auto &[offset, length] : ranges(target)) {
+				target.uncache();
+				check_buffered(target, offset + length / 2, kPage);
+				check_as_it_is(target, {target.name, offset, {{0, length}}});
+				check_buffered(target, offset, length);
+				check_as_it_is(target, {target.name, offset, {{512, length}}});
+			}
+			target.uncache();
+		}
+		return reads_ == before ? Result("no file of this image is compressed") : Result();
+	}
+
 	Result whole_files_in_order()
 	{
 		for (const auto &target : targets_) {
@@ -389,7 +284,7 @@ public:
 		const Mapping first(3 * kPage, PROT_READ | PROT_WRITE, MAP_SHARED, memory);
 		const Mapping second(3 * kPage, PROT_READ | PROT_WRITE, MAP_SHARED, memory);
 		for (const auto &target : targets_) {
-			std::copy_n(pattern_.begin(), 3 * kPage, first.bytes().begin());
+			judge_.refill(first.bytes());
 			std::array<iovec, 4> parts;
 			for (size_t i = 0; i < parts.size(); ++i)
 				parts[i] = {(i % 2 ? first : second).bytes().data() + kPage, kPage};
@@ -504,7 +399,8 @@ public:
 		return {};
 	}
 
-	// One page cannot be had: which one, depends on how many come before.
+	// One or two pages cannot be had: which ones, depends on how many come before. Or none that
+	// follow each other.
 	Result no_memory()
 	{
 		const auto *target = compressed();
@@ -517,16 +413,17 @@ public:
 						  {"verbose", 0},
 						  {"ignore-gfp-wait", 0},
 						  {"ignore-gfp-highmem", 0},
-						  {"min-order", 0},
 						  {"task-filter", 1}})
 			std::ofstream(kFaults / name) << value;
 		const Fd fail("/proc/self/make-it-fail", O_WRONLY);
 		const PathTrace trace;
 		PathTrace::forget();
-		for (size_t i = 0; i < 20; ++i) {
+		for (size_t i = 0; i < 30; ++i) {
+			target->uncache();
 			refill();
-			std::ofstream(kFaults / "space") << i;
-			std::ofstream(kFaults / "times") << 1;
+			std::ofstream(kFaults / "space") << i / 3;
+			std::ofstream(kFaults / "times") << (i % 3 == 2 ? 1000 : i % 3 + 1);
+			std::ofstream(kFaults / "min-order") << (i % 3 == 2);
 			const bool on = ::pwrite(fail, "1", 1, 0) == 1;
 			const auto got = ::pread(target->fd, aligned(), kMiB, 0);
 			const bool off = ::pwrite(fail, "0", 1, 0) == 1;
@@ -600,6 +497,8 @@ public:
 
 	Result memory_returned()
 	{
+		if (keeps_freed_memory())
+			return "kmemleak looks for leaks";
 		const auto &target = biggest();
 		const size_t length = 16 * target.block;
 		const auto read_some = [&](size_t count) {
@@ -625,22 +524,14 @@ public:
 
 	Result pins_released()
 	{
-		std::ofstream("/proc/sys/vm/stat_refresh") << 1 << std::flush;
-		std::ifstream in("/proc/vmstat");
-		long acquired = -1, released = -1, value = 0;
-		for (std::string name; in >> name >> value;) {
-			if (name == "nr_foll_pin_acquired")
-				acquired = value;
-			else if (name == "nr_foll_pin_released")
-				released = value;
-		}
-		if (acquired < 0 || released < 0)
+		const auto pins = Pins::now();
+		if (!pins)
 			return "/proc/vmstat does not count pins";
-		if (!acquired)
+		if (!pins->acquired)
 			throw Error("nr_foll_pin_acquired", 0, "pinned pages", "none");
-		if (acquired != released)
-			throw Error("nr_foll_pin_released", 0, std::to_string(acquired),
-				    std::to_string(released));
+		if (pins->held())
+			throw Error("nr_foll_pin_released", 0, std::to_string(pins->acquired),
+				    std::to_string(pins->released));
 		return {};
 	}
 
@@ -652,7 +543,7 @@ public:
 		check(*found, call);
 	}
 
-	void refill() { std::ranges::copy(pattern_, arena_.bytes().begin()); }
+	void refill() { judge_.refill(arena_.bytes()); }
 
 	size_t reads() const { return reads_; }
 
@@ -674,65 +565,6 @@ private:
 					 call.spec() + "'");
 	}
 
-	ssize_t read(const Target &target, const Call &call) const
-	{
-		std::vector<iovec> parts;
-		for (const auto &segment : call.segments)
-			parts.push_back({aligned() + segment.at, segment.len});
-		return ::preadv(target.fd, parts.data(), static_cast<int>(parts.size()),
-				static_cast<off_t>(call.offset));
-	}
-
-	static bool misaligned(const Target &target, const Call &call)
-	{
-		auto bits = call.offset | call.length();
-		for (const auto &segment : call.segments)
-			bits |= segment.at | segment.len;
-		return bits % target.block;
-	}
-
-	// An uncompressed file gets whole blocks from the device: behind its end the last one may
-	// show.
-	static void fill_expected(const Target &target, const Call &call,
-				  std::span<const std::byte> data, std::span<std::byte> want,
-				  std::span<const std::byte> arena)
-	{
-		for (const auto &segment : call.segments) {
-			const auto part = data.first(std::min(segment.len, data.size()));
-			const auto place = want.subspan(kGuard + segment.at, segment.len);
-			std::ranges::copy(part, place.begin());
-			data = data.subspan(part.size());
-			if (!target.compressed)
-				std::copy_n(arena.begin() +
-						    static_cast<ptrdiff_t>(kGuard + segment.at +
-									   part.size()),
-					    segment.len - part.size(),
-					    place.begin() + static_cast<ptrdiff_t>(part.size()));
-		}
-	}
-
-	[[noreturn]] static void explain(const Target &target, const Call &call,
-					 std::span<const std::byte> arena,
-					 std::span<const std::byte> want)
-	{
-		const auto index =
-			static_cast<size_t>(std::ranges::mismatch(arena, want).in1 - arena.begin());
-		const auto got = std::to_string(std::to_integer<int>(arena[index]));
-		const auto expected = "byte " + std::to_string(std::to_integer<int>(want[index]));
-		size_t position = call.offset;
-		for (const auto &segment : call.segments) {
-			const auto start = kGuard + segment.at;
-			if (index >= start && index < start + segment.len)
-				fail(call, Error(target.path.string(),
-						 static_cast<off_t>(position + index - start),
-						 expected, got));
-			position += segment.len;
-		}
-		fail(call,
-		     Error(target.path.string() + ": outside the buffer",
-			   static_cast<off_t>(index) - static_cast<off_t>(kGuard), expected, got));
-	}
-
 	static void expect_value(const Target &target, std::string_view what, size_t expected,
 				 size_t got)
 	{
@@ -749,6 +581,16 @@ private:
 		if (want.size() != count || std::memcmp(bytes, want.data(), count))
 			throw Error(target.path.string(), static_cast<off_t>(offset),
 				    "the bytes of the truth", "other bytes");
+	}
+
+	size_t read_at(const Target &target, int fd, size_t offset, size_t length)
+	{
+		++reads_;
+		const auto got = ::pread(fd, aligned(), length, static_cast<off_t>(offset));
+		expect_value(target, "bytes", target.expect(offset, length).size(),
+			     static_cast<size_t>(got));
+		expect_bytes(target, offset, aligned(), static_cast<size_t>(got));
+		return static_cast<size_t>(got);
 	}
 
 	static void check_buffered(const Target &target, size_t offset, size_t length)
@@ -779,7 +621,7 @@ private:
 		const Mapping memory(kPage + rounded + missing);
 		const auto bytes = memory.bytes();
 		::mprotect(bytes.data() + kPage + rounded, missing, PROT_NONE);
-		std::copy_n(pattern_.begin(), kPage, bytes.begin());
+		judge_.refill(bytes.first(kPage));
 		++reads_;
 		const auto start = rounded - writable / target.block * target.block;
 		const auto got = ::pread(target.fd, bytes.data() + kPage + start,
@@ -819,16 +661,6 @@ private:
 			    (!found || target.size() > found->size()))
 				found = &target;
 		return found;
-	}
-
-	static size_t free_pages()
-	{
-		std::ifstream in("/proc/vmstat");
-		size_t value = 0;
-		for (std::string name; in >> name >> value;)
-			if (name == "nr_free_pages")
-				return value;
-		throw Error("/proc/vmstat", 0, "nr_free_pages", "none");
 	}
 
 	static std::set<size_t> offsets(const Target &target)
@@ -929,7 +761,7 @@ private:
 	std::mt19937_64 rng_;
 	Mapping arena_;
 	std::vector<std::byte> pattern_;
-	std::vector<std::byte> want_;
+	Judge judge_;
 	size_t reads_ = 0;
 };
 
@@ -947,6 +779,8 @@ bool run_all(Tester &tester, const std::string &name, uint64_t seed, size_t coun
 		{"end_of_file", [&] { return tester.end_of_file(); }},
 		{"paths_taken", [&] { return tester.paths_taken(); }},
 		{"whole_files_in_order", [&] { return tester.whole_files_in_order(); }},
+		{"sequential_reads", [&] { return tester.sequential_reads(); }},
+		{"cached_data", [&] { return tester.cached_data(); }},
 		{"empty_reads", [&] { return tester.empty_reads(); }},
 		{"bad_addresses", [&] { return tester.bad_addresses(); }},
 		{"same_page_twice", [&] { return tester.same_page_twice(); }},
@@ -998,9 +832,12 @@ int main(int argc, char **argv)
 		Tester tester(mount, truth, seed);
 		if (spec.empty())
 			return run_all(tester, name, seed, count, directory, damaged) ? 0 : 1;
-		tester.replay(parse_spec(spec));
-		ktap::line("the bytes are right");
-		return 0;
+		const auto call = parse_call(spec, kArena);
+		const ktap::Case replay{"replay", [&] {
+						tester.replay(call);
+						return Result();
+					}};
+		return ktap::run(name, {replay}) ? 0 : 1;
 	} catch (const std::exception &error) {
 		ktap::line(std::string("Bail out! ") + error.what());
 		return 1;

@@ -48,10 +48,11 @@ public:
 	}
 	Fd(Fd &&other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
 	Fd &operator=(Fd &&) = delete;
-	~Fd()
+	~Fd() { close(); }
+	void close()
 	{
 		if (fd_ >= 0)
-			::close(fd_);
+			::close(std::exchange(fd_, -1));
 	}
 	operator int() const { return fd_; }
 
@@ -107,15 +108,37 @@ inline size_t cached_pages(int fd)
 class Mount
 {
 public:
-	Mount(const std::string &device, std::filesystem::path where) : where_(std::move(where))
+	Mount(const std::string &device, std::filesystem::path where,
+	      const std::string &options = {}, const std::string &type = "erofs")
+	    : where_(std::move(where))
 	{
-		if (::mount(device.c_str(), where_.c_str(), "erofs", MS_RDONLY, nullptr))
+		if (::mount(device.c_str(), where_.c_str(), type.c_str(), MS_RDONLY,
+			    options.c_str()))
 			throw Error("mount of " + device, 0, "success", errno_text(errno));
 	}
 	Mount(const Mount &) = delete;
 	Mount &operator=(const Mount &) = delete;
-	~Mount() { ::umount2(where_.c_str(), 0); }
+	~Mount()
+	{
+		if (mounted_)
+			::umount2(where_.c_str(), 0);
+	}
+
+	// Whether it was no longer in use.
+	bool unmount()
+	{
+		if (::umount2(where_.c_str(), 0)) {
+			if (errno == EBUSY)
+				return false;
+			throw Error("umount of " + where_.string(), 0, "success",
+				    errno_text(errno));
+		}
+		mounted_ = false;
+		return true;
+	}
+	const std::filesystem::path &where() const { return where_; }
 
 private:
 	std::filesystem::path where_;
+	bool mounted_ = true;
 };

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Block devices between an image and the filesystem: device mapper and loop.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include <linux/dm-ioctl.h>
+#include <linux/loop.h>
+#include <sys/ioctl.h>
+
+#include "io.hpp"
+
+inline uint64_t device_size(const std::filesystem::path &device)
+{
+	uint64_t bytes = 0;
+	// BLKGETSIZE64, but <linux/fs.h> does not go with <sys/mount.h> of glibc 2.36
+	if (::ioctl(Fd(device, O_RDONLY), _IOR(0x12, 114, size_t), &bytes))
+		throw Error(device.string(), 0, "the size of a device", errno_text(errno));
+	return bytes;
+}
+
+// All of another device, read-only, which can be held up.
+class Linear
+{
+public:
+	static bool available() { return std::filesystem::exists(kControl); }
+
+	Linear(std::string name, const std::filesystem::path &below)
+	    : name_(std::move(name)), control_(kControl, O_RDWR)
+	{
+		Command create = command(0);
+		send(DM_DEV_CREATE, create);
+		const auto minor = (create.head.dev & 0xff) | ((create.head.dev >> 12) & 0xfff00);
+		node_ = "/dev/dm-" + std::to_string(minor);
+		try {
+			load(below);
+			resume();
+		} catch (const Error &) {
+			remove();
+			throw;
+		}
+	}
+	Linear(const Linear &) = delete;
+	Linear &operator=(const Linear &) = delete;
+	~Linear() { remove(); }
+
+	const std::string &node() const { return node_; }
+
+	// The filesystem is not frozen: its reads are what has to wait.
+	void suspend()
+	{
+		Command suspend = command(DM_SUSPEND_FLAG | DM_SKIP_LOCKFS_FLAG);
+		send(DM_DEV_SUSPEND, suspend);
+	}
+	void resume()
+	{
+		Command resume = command(0);
+		send(DM_DEV_SUSPEND, resume);
+	}
+
+private:
+	static constexpr const char *kControl = "/dev/mapper/control";
+	struct Command {
+		dm_ioctl head;
+		dm_target_spec target;
+		std::array<char, 512> parameters;
+	};
+
+	Command command(uint32_t flags) const
+	{
+		Command command{};
+		command.head.version[0] = DM_VERSION_MAJOR;
+		command.head.data_size = sizeof(command);
+		command.head.data_start = offsetof(Command, target);
+		command.head.flags = flags;
+		name_.copy(command.head.name, sizeof(command.head.name) - 1);
+		return command;
+	}
+	void send(unsigned long code, Command &command) const
+	{
+		if (::ioctl(control_, code, &command))
+			throw Error("device mapper: " + name_, 0, "success", errno_text(errno));
+	}
+	void load(const std::filesystem::path &below) const
+	{
+		Command table = command(DM_READONLY_FLAG);
+		table.head.target_count = 1;
+		table.target.length = device_size(below) / 512;
+		std::strcpy(table.target.target_type, "linear");
+		std::snprintf(table.parameters.data(), table.parameters.size(), "%s 0",
+			      below.c_str());
+		send(DM_TABLE_LOAD, table);
+	}
+	void remove() const
+	{
+		Command remove = command(0);
+		::ioctl(control_, DM_DEV_REMOVE, &remove);
+	}
+
+	std::string name_, node_;
+	Fd control_;
+};
+
+// Until resume(), no read of the device is served.  Whoever waits for one although he must not
+// would hang: after a while, the device goes on by itself, and resume() tells.
+class Suspended
+{
+public:
+	explicit Suspended(Linear &device) : device_(device)
+	{
+		device_.suspend();
+		watchdog_ = std::jthread([this](const std::stop_token &stop) { watch(stop); });
+	}
+	Suspended(const Suspended &) = delete;
+	Suspended &operator=(const Suspended &) = delete;
+	~Suspended()
+	{
+		try {
+			finish();
+		} catch (const Error &) {
+			// the queues of the case will wait, and the guest has a time limit
+		}
+	}
+
+	void resume()
+	{
+		finish();
+		if (expired_)
+			throw Error(device_.node(), 0, "calls that return while it is suspended",
+				    "one that waited for it");
+	}
+
+private:
+	void watch(const std::stop_token &stop)
+	{
+		std::unique_lock lock(mutex_);
+		wake_.wait_for(lock, stop, std::chrono::seconds(20), [] { return false; });
+		if (stop.stop_requested())
+			return;
+		expired_ = true;
+		device_.resume();
+	}
+	void finish()
+	{
+		if (!watchdog_.joinable())
+			return;
+		watchdog_.request_stop();
+		watchdog_.join();
+		if (!expired_)
+			device_.resume();
+	}
+
+	Linear &device_;
+	std::mutex mutex_;
+	std::condition_variable_any wake_;
+	bool expired_ = false; // written before the watchdog ends, read when it has ended
+	std::jthread watchdog_;
+};
+
+// A file as a read-only block device that reads the file directly.
+class Loop
+{
+public:
+	explicit Loop(const std::filesystem::path &file)
+	    : node_("/dev/loop" +
+		    std::to_string(::ioctl(Fd("/dev/loop-control", O_RDWR), LOOP_CTL_GET_FREE))),
+	      device_(node_, O_RDONLY)
+	{
+		const Fd backing(file, O_RDONLY);
+		loop_config config{};
+		config.fd = static_cast<uint32_t>(static_cast<int>(backing));
+		config.info.lo_flags = LO_FLAGS_READ_ONLY | LO_FLAGS_DIRECT_IO;
+		if (::ioctl(device_, LOOP_CONFIGURE, &config))
+			throw Error(file.string(), 0, "a loop device", errno_text(errno));
+	}
+	Loop(const Loop &) = delete;
+	Loop &operator=(const Loop &) = delete;
+	~Loop() { ::ioctl(device_, LOOP_CLR_FD); }
+
+	const std::string &node() const { return node_; }
+	// The kernel drops the flag silently where it cannot.
+	bool direct() const
+	{
+		loop_info64 info{};
+		if (::ioctl(device_, LOOP_GET_STATUS64, &info))
+			throw Error(node_, 0, "LOOP_GET_STATUS64", errno_text(errno));
+		return info.lo_flags & LO_FLAGS_DIRECT_IO;
+	}
+
+private:
+	std::string node_;
+	Fd device_;
+};

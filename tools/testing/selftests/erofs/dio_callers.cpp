@@ -1,0 +1,1137 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Who reads directly, how long what he reads into lives, and what becomes of it on the way.
+// Asynchronous is shown by order, never by time: the device is suspended under the filesystem.
+
+#include <algorithm>
+#include <chrono>
+#include <csignal>
+#include <fstream>
+#include <memory>
+#include <thread>
+
+#include <CLI/CLI.hpp>
+#include <sys/sendfile.h>
+#include <sys/wait.h>
+
+#include "async.hpp"
+#include "block.hpp"
+#include "io.hpp"
+#include "ktap.hpp"
+#include "memory.hpp"
+#include "target.hpp"
+#include "trace.hpp"
+
+#ifndef STATX_DIO_READ_ALIGN
+#define STATX_DIO_READ_ALIGN 0
+#endif
+
+namespace fs = std::filesystem;
+using std::size_t;
+using Result = std::optional<std::string>;
+
+namespace
+{
+
+constexpr size_t kPage = 4096;
+constexpr size_t kMiB = 1 << 20;
+constexpr std::byte kMark{0xa5};
+const std::string kFile = "mixed"; // compressed, of several windows
+const std::string kPlain = "noise";
+const std::array kNested = {"plain.erofs", "lz4-64k.erofs"};
+
+struct Options {
+	std::string device, mount, truth, scratch;
+};
+
+// What goes on behind the back of a process ends some time after the call that started it.
+template <typename Condition> void eventually(std::string_view what, Condition &&reached)
+{
+	const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+	while (!reached()) {
+		if (std::chrono::steady_clock::now() > end)
+			throw Error(what, 0, "an end", "none");
+		std::this_thread::sleep_for(std::chrono::milliseconds(1));
+	}
+}
+
+// Whatever is pinned after it was made has to be let go of.
+class PinBalance
+{
+public:
+	// Somebody is about to write into pinned pages, and will until he is let.
+	void wait_for_pins() const
+	{
+		eventually("pages pinned for a read", [this] { return held() > before_; });
+	}
+	void check() const
+	{
+		eventually("pages pinned for reads that are over",
+			   [this] { return held() == before_; });
+	}
+
+private:
+	static long held()
+	{
+		const auto pins = Pins::now();
+		if (!pins)
+			throw Error("/proc/vmstat", 0, "counts of pinned pages", "none");
+		return pins->held();
+	}
+
+	long before_ = held();
+};
+
+// A process that runs `body` and ends with what it returns.
+class Child
+{
+public:
+	explicit Child(const std::function<int()> &body) : pid_(::fork())
+	{
+		if (pid_ < 0)
+			throw Error("fork", 0, "a process", errno_text(errno));
+		if (pid_)
+			return;
+		int code = 99;
+		try {
+			code = body();
+		} catch (const std::exception &error) {
+			ktap::line(std::string("    # child: ") + error.what());
+		}
+		::_exit(code);
+	}
+	Child(const Child &) = delete;
+	Child &operator=(const Child &) = delete;
+	~Child()
+	{
+		if (pid_ > 0) {
+			kill();
+			status();
+		}
+	}
+
+	void kill() const { ::kill(pid_, SIGKILL); }
+	int status()
+	{
+		int status = 0;
+		if (::waitpid(std::exchange(pid_, 0), &status, 0) < 0)
+			throw Error("waitpid", 0, "a status", errno_text(errno));
+		return status;
+	}
+	void expect_success()
+	{
+		if (const int got = status())
+			throw Error("child", 0, "status 0", std::to_string(got));
+	}
+
+private:
+	pid_t pid_;
+};
+
+class Pipe
+{
+public:
+	Pipe()
+	{
+		std::array<int, 2> ends{};
+		if (::pipe2(ends.data(), O_CLOEXEC))
+			throw Error("pipe", 0, "a pipe", errno_text(errno));
+		read_.emplace(ends[0], "pipe");
+		write_.emplace(ends[1], "pipe");
+	}
+
+	void give() const
+	{
+		if (::write(in(), "x", 1) != 1)
+			throw Error("pipe", 0, "a byte written", errno_text(errno));
+	}
+	void take() const
+	{
+		char byte;
+		if (::read(out(), &byte, 1) != 1)
+			throw Error("pipe", 0, "a byte", "the end");
+	}
+	int in() const { return *write_; }
+	int out() const { return *read_; }
+
+private:
+	std::optional<Fd> read_, write_;
+};
+
+void expect(const fs::path &file, size_t offset, std::string_view what, ssize_t want, ssize_t got)
+{
+	if (want != got)
+		throw Error(file.string(), static_cast<off_t>(offset),
+			    std::to_string(want) + ' ' + std::string(what),
+			    got < 0 ? errno_text(errno) : std::to_string(got));
+}
+
+void expect_bytes(const fs::path &file, size_t offset, std::span<const std::byte> want,
+		  std::span<const std::byte> got)
+{
+	const auto [expected, wrong] = std::ranges::mismatch(want, got);
+	if (expected != want.end() && wrong != got.end())
+		throw Error(file.string(), static_cast<off_t>(offset) + (expected - want.begin()),
+			    "byte " + std::to_string(std::to_integer<int>(*expected)),
+			    std::to_string(std::to_integer<int>(*wrong)));
+}
+
+void expect_untouched(std::string_view what, std::span<const std::byte> bytes,
+		      std::byte mark = kMark)
+{
+	const auto found = std::ranges::find_if(bytes, [mark](auto byte) { return byte != mark; });
+	if (found != bytes.end())
+		throw Error(what, found - bytes.begin(), "an untouched byte",
+			    std::to_string(std::to_integer<int>(*found)));
+}
+
+struct Piece {
+	size_t offset, length;
+};
+
+enum class Way { aio, uring, worker, fixed };
+
+std::optional<std::string> missing(Way way)
+{
+	if (way == Way::aio ? Aio::available() : Uring::available())
+		return {};
+	return way == Way::aio ? "the kernel has no AIO" : "the kernel has no io_uring";
+}
+
+// Reads of one file into memory of their own, with a page between them that nobody may touch.
+class Reads
+{
+public:
+	Reads(const Target &target, std::vector<Piece> pieces, Way way)
+	    : target_(target), pieces_(std::move(pieces)), memory_(needed(pieces_))
+	{
+		std::ranges::fill(memory_.bytes(), kMark);
+		size_t at = kPage;
+		for (const auto &piece : pieces_) {
+			places_.push_back({memory_.bytes().data() + at, piece.length});
+			at += rounded(piece.length) + kPage;
+		}
+		for (size_t i = 0; i < pieces_.size(); ++i) {
+			requests_.push_back({i, target_.fd, pieces_[i].offset, {&places_[i], 1}});
+			requests_[i].worker = way == Way::worker;
+			requests_[i].buffer = way == Way::fixed ? 0 : -1;
+		}
+		const auto depth = static_cast<unsigned>(pieces_.size());
+		if (way == Way::aio) {
+			queue_ = std::make_unique<Aio>(depth);
+			return;
+		}
+		auto ring = std::make_unique<Uring>(depth);
+		const iovec all{memory_.bytes().data(), memory_.bytes().size()};
+		if (way == Way::fixed)
+			ring->register_buffers({&all, 1});
+		queue_ = std::move(ring);
+	}
+
+	void submit() { queue_->submit(requests_); }
+	void expect_none()
+	{
+		if (const auto done = queue_->poll())
+			throw Error(target_.path.string(),
+				    static_cast<off_t>(pieces_[done->id].offset),
+				    "no completion while the device is suspended",
+				    std::to_string(done->result));
+	}
+	void finish()
+	{
+		while (queue_->in_flight())
+			check(queue_->wait());
+		for (size_t i = 0, at = 0; i <= pieces_.size(); ++i) {
+			expect_untouched("between the buffers", memory_.bytes().subspan(at, kPage));
+			if (i < pieces_.size())
+				at += kPage + rounded(pieces_[i].length);
+		}
+	}
+	// Of those who race with somebody, only the length is known.
+	void finish_racing()
+	{
+		while (queue_->in_flight()) {
+			const auto done = queue_->wait();
+			expect(target_.path, pieces_[done.id].offset, "bytes",
+			       static_cast<ssize_t>(want(done.id).size()), done.result);
+		}
+	}
+	Queue &queue() { return *queue_; }
+	std::span<std::byte> memory() { return memory_.bytes(); }
+	std::span<std::byte> place(size_t i)
+	{
+		return {static_cast<std::byte *>(places_[i].iov_base), places_[i].iov_len};
+	}
+	std::span<const std::byte> want(size_t i) const
+	{
+		return target_.expect(pieces_[i].offset, pieces_[i].length);
+	}
+	void check(const Completion &done)
+	{
+		const auto &piece = pieces_.at(done.id);
+		errno = static_cast<int>(-done.result);
+		expect(target_.path, piece.offset, "bytes",
+		       static_cast<ssize_t>(want(done.id).size()), done.result);
+		const auto got = place(done.id);
+		expect_bytes(target_.path, piece.offset, want(done.id), got);
+		expect_untouched("behind the data", got.subspan(want(done.id).size()));
+	}
+
+private:
+	static size_t rounded(size_t length) { return (length + kPage - 1) / kPage * kPage; }
+	static size_t needed(const std::vector<Piece> &pieces)
+	{
+		size_t sum = kPage;
+		for (const auto &piece : pieces)
+			sum += rounded(piece.length) + kPage;
+		return sum;
+	}
+
+	const Target &target_;
+	std::vector<Piece> pieces_;
+	Mapping memory_;
+	std::vector<iovec> places_;
+	std::vector<Request> requests_;
+	std::unique_ptr<Queue> queue_; // ends first, and waits
+};
+
+// One mounted image.
+struct Volume {
+	Mount mount;
+	Target big;
+
+	Volume(const std::string &node, const Options &options)
+	    : mount(node, options.mount),
+	      big(open_target(mount.where(), kFile, slurp(fs::path(options.truth) / kFile)))
+	{
+	}
+};
+
+class Tester
+{
+public:
+	explicit Tester(const Options &options)
+	    : options_(options), device_("erofs-dio", options.device)
+	{
+	}
+
+	Result asynchronous(Way way)
+	{
+		if (auto reason = missing(way))
+			return reason;
+		Volume volume(device_.node(), options_);
+		warm(volume.big);
+		Reads reads(volume.big,
+			    {{0, 16 * kPage},
+			     {3 * kMiB, kPage},
+			     {kMiB, kMiB},
+			     {8 * kMiB, 8 * kMiB},
+			     {0, 16 * kPage}},
+			    way);
+		Suspended held(device_);
+		reads.submit();
+		for (int i = 0; i < 100; ++i) {
+			reads.expect_none();
+			std::this_thread::yield();
+			static_cast<void>(Pins::now()); // any calls into the kernel
+		}
+		held.resume();
+		reads.finish();
+		return {};
+	}
+
+	Result nowait()
+	{
+		Volume volume(device_.node(), options_);
+		warm(volume.big);
+		const std::vector<Piece> pieces{
+			{0, kPage}, {kMiB, kMiB},	    {2 * kMiB, 8 * kMiB},
+			{1, 100},   {kMiB + 512, 3 * kMiB}, {volume.big.size(), 4096}};
+		try_nowait(volume.big, pieces);
+		Suspended held(device_);
+		try_nowait(volume.big, pieces);
+		held.resume();
+		return {};
+	}
+
+	Result killed_reader()
+	{
+		const PinBalance pins;
+		lose_reader({}, true);
+		for (const auto way : ways())
+			for (const bool killed : {true, false})
+				lose_reader(way, killed);
+		pins.check();
+		return {};
+	}
+
+	Result fork_during_read()
+	{
+		for (const auto way : {Way::aio, Way::uring, Way::fixed}) {
+			if (missing(way))
+				continue;
+			const PinBalance pins;
+			Volume volume(device_.node(), options_);
+			warm(volume.big);
+			Reads reads(volume.big, {{kMiB, kMiB}, {4 * kMiB, 4 * kMiB}}, way);
+			const Pipe written, over;
+			Suspended held(device_);
+			reads.submit();
+			pins.wait_for_pins();
+			Child child([&] {
+				const auto mine = reads.memory();
+				std::ranges::fill(mine, std::byte{0x11});
+				written.give();
+				over.take();
+				expect_untouched("the child's copy", mine, std::byte{0x11});
+				return 0;
+			});
+			written.take();
+			held.resume();
+			reads.finish();
+			over.give();
+			child.expect_success();
+		}
+		return {};
+	}
+
+	Result munmap_during_read()
+	{
+		for (const auto way : {Way::aio, Way::uring}) {
+			if (missing(way))
+				continue;
+			const PinBalance pins;
+			Volume volume(device_.node(), options_);
+			warm(volume.big);
+			Reads reads(volume.big, {{kMiB, kMiB}, {4 * kMiB, 4 * kMiB}}, way);
+			Suspended held(device_);
+			reads.submit();
+			pins.wait_for_pins();
+			const auto bytes = reads.memory();
+			if (::mmap(bytes.data(), bytes.size(), PROT_READ | PROT_WRITE,
+				   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != bytes.data())
+				throw Error("mmap", 0, "the same place", errno_text(errno));
+			std::ranges::fill(bytes, std::byte{0x22});
+			held.resume();
+			reads.finish_racing();
+			expect_untouched("a mapping put in place of the buffer", bytes,
+					 std::byte{0x22});
+			pins.check();
+		}
+		return {};
+	}
+
+	// A writer spoils what he writes into, and nothing else.
+	Result racing_writer_async()
+	{
+		Volume volume(device_.node(), options_);
+		const std::vector<Piece> pieces{
+			{0, kMiB}, {kMiB, 4 * kPage}, {2 * kMiB, 3 * kMiB}, {8 * kMiB, 64 * kPage}};
+		for (const auto way : {Way::aio, Way::uring, Way::fixed}) {
+			if (missing(way))
+				continue;
+			for (int round = 0; round < 8; ++round) {
+				Reads reads(volume.big, pieces, way);
+				const std::jthread writer([&](const std::stop_token &stop) {
+					for (size_t i = 0; !stop.stop_requested(); i += 61) {
+						const auto place = reads.place(i % pieces.size());
+						volatile std::byte *byte = &place[i % place.size()];
+						*byte = static_cast<std::byte>(i);
+					}
+				});
+				reads.submit();
+				reads.finish_racing();
+			}
+			Reads again(volume.big, pieces, way);
+			again.submit();
+			again.finish();
+			for (const auto &piece : pieces)
+				check_buffered(volume.big, piece);
+		}
+		return {};
+	}
+
+	Result splice_and_sendfile()
+	{
+		Volume volume(device_.node(), options_);
+		const auto &big = volume.big;
+		Trace trace;
+		for (const size_t offset : {size_t{0}, 3 * kMiB, 5 * kMiB + 1152}) {
+			for (const size_t step : {16 * kPage, size_t{1000}, kMiB}) {
+				const auto end = std::min(offset + 20 * step, big.size());
+				splice_out(big, offset, end, step);
+				send_out(big, offset, end, step);
+			}
+			splice_out(big, big.size() - 3 * kPage, big.size() + kPage, 16 * kPage);
+			send_out(big, big.size() - 3 * kPage, big.size() + kPage, 16 * kPage);
+		}
+		trace.forget();
+		splice_out(big, 0, 8 * kMiB, 16 * kPage);
+		trace.expect_only({"direct"}, "splice()");
+		send_out(big, 0, 8 * kMiB, 16 * kPage);
+		trace.expect_only({"direct"}, "sendfile()");
+		return {};
+	}
+
+	// In Android, APEX files are images on an image.
+	Result loop_device()
+	{
+		if (!fs::exists("/dev/loop-control"))
+			return "the kernel has no loop device";
+		Volume volume(device_.node(), options_);
+		for (const auto &name : kNested) {
+			Trace trace;
+			const Loop loop(volume.mount.where() / name);
+			if (!loop.direct())
+				throw Error(loop.node(), 0, "LO_FLAGS_DIRECT_IO", "no such flag");
+			const Directory inside("/tmp/inside");
+			const Mount mount(loop.node(), inside.path());
+			compare_all(mount.where(), O_RDONLY);
+			// what holds private data of the image inside is not decoded into
+			trace.expect_some("direct", {"direct", "private"}, name);
+			compare_all(mount.where(), O_RDONLY | O_DIRECT);
+		}
+		return {};
+	}
+
+	Result overlayfs()
+	{
+		Volume volume(device_.node(), options_);
+		const Directory empty("/tmp/empty"), merged("/tmp/merged");
+		std::ifstream known("/proc/filesystems");
+		const std::string all{std::istreambuf_iterator<char>(known), {}};
+		if (all.find("\toverlay\n") == all.npos)
+			return "the kernel has no overlayfs";
+		const Mount mount("overlay", merged.path(),
+				  "lowerdir=" + volume.mount.where().string() + ':' +
+					  empty.path().string(),
+				  "overlay");
+		Trace trace;
+		compare_all(mount.where(), O_RDONLY | O_DIRECT, kMiB);
+		trace.expect_some("direct", {"direct", "misaligned"}, "reads through overlayfs");
+		const auto target =
+			open_target(mount.where(), kFile, slurp(fs::path(options_.truth) / kFile));
+		for (const auto way : {Way::aio, Way::uring}) {
+			if (missing(way))
+				continue;
+			trace.forget();
+			Reads reads(target, {{0, kPage}, {kMiB, kMiB}, {4 * kMiB, 8 * kMiB}}, way);
+			reads.submit();
+			reads.finish();
+			trace.expect_only({"direct"}, "asynchronous reads through overlayfs");
+		}
+		return {};
+	}
+
+	Result fcntl_direct()
+	{
+		Volume volume(device_.node(), options_);
+		switch_direct(volume.big, "direct");
+		switch_direct(open_target(volume.mount.where(), kPlain,
+					  slurp(fs::path(options_.truth) / kPlain)),
+			      {});
+		return {};
+	}
+
+	Result statx_alignment()
+	{
+		Volume volume(device_.node(), options_);
+		expect_alignment(volume.big);
+		return {};
+	}
+
+	Result file_backed_mount()
+	{
+		const auto copy = image_file();
+		if (!copy)
+			return "needs --scratch";
+		Volume volume(copy->string(), options_);
+		expect_alignment(volume.big);
+		Trace trace;
+		compare_all(volume.mount.where(), O_RDONLY | O_DIRECT, kMiB);
+		const bool direct = alignment(volume.big.path).stx_dio_offset_align;
+		trace.expect_only({direct ? "direct" : "no-bdev"}, "reads of a file-backed mount");
+		for (const auto way : ways()) {
+			Reads reads(volume.big, {{0, kPage}, {kMiB, kMiB}, {4 * kMiB, 8 * kMiB}},
+				    way);
+			reads.submit();
+			reads.finish();
+		}
+		return {};
+	}
+
+	Result shared_page_cache()
+	{
+		Linear other("erofs-dio-other", options_.device);
+		const Directory second("/tmp/second");
+		const std::string share = "domain_id=dio,inode_share";
+		std::optional<Mount> one, two;
+		try {
+			one.emplace(device_.node(), options_.mount, share);
+		} catch (const Error &) {
+			return "the kernel shares no page cache";
+		}
+		two.emplace(other.node(), second.path(), share);
+		const auto truth = slurp(fs::path(options_.truth) / kFile);
+		std::vector<std::byte> bytes(kMiB);
+		expect(kFile, 0, "bytes", kMiB,
+		       ::pread(Fd(one->where() / kFile, O_RDONLY), bytes.data(), kMiB, 0));
+		expect_bytes(one->where() / kFile, 0, std::span(truth).first(kMiB), bytes);
+		if (!cached_pages(Fd(two->where() / kFile, O_RDONLY)))
+			throw Error(kFile, 0, "a shared page cache", "two of them");
+		const auto target =
+			open_target(two->where(), kFile, slurp(fs::path(options_.truth) / kFile));
+		switch_direct(target, "direct");
+		// what is shared does not hang on the one who came first
+		if (!one->unmount())
+			throw Error(one->where().string(), 0, "a filesystem not in use", "EBUSY");
+		compare_all(two->where(), O_RDONLY | O_DIRECT, kMiB);
+		return {};
+	}
+
+	Result swapped_memory()
+	{
+		std::ifstream swaps("/proc/swaps");
+		std::string line;
+		if (!std::getline(swaps, line) || !std::getline(swaps, line))
+			return "there is no swap space";
+		Volume volume(device_.node(), options_);
+		for (int round = 0; round < 4; ++round) {
+			Reads reads(volume.big, {{kMiB, kMiB}, {4 * kMiB, 4 * kMiB}},
+				    Aio::available() ? Way::aio : Way::uring);
+			const Mapping apart(4 * kMiB);
+			std::ranges::fill(apart.bytes(), std::byte{0x33});
+			for (const auto &bytes : {reads.memory(), apart.bytes()})
+				page_out(bytes);
+			const std::jthread reader([&](const std::stop_token &stop) {
+				const auto bytes = reads.memory();
+				volatile const std::byte *at = bytes.data();
+				for (size_t i = 0; !stop.stop_requested(); i += 17 * kPage)
+					static_cast<void>(at[i % bytes.size()]);
+			});
+			reads.submit();
+			reads.finish();
+			expect_untouched("memory apart from the buffers", apart.bytes(),
+					 std::byte{0x33});
+		}
+		return {};
+	}
+
+	// What is contiguous is decoded into without mapping it.
+	Result huge_destinations()
+	{
+		Volume volume(device_.node(), options_);
+		const std::vector<std::byte> marks(4 * kMiB, kMark);
+		const LargeFolios settings;
+		std::string missing;
+		size_t kinds = 0;
+		for (const auto &kind : kMemoryKinds) {
+			if (kind.name.find("thp") == kind.name.npos &&
+			    kind.name.find("huge") == kind.name.npos)
+				continue;
+			try {
+				const auto memory = kind.make(kind.size, {marks, {}});
+				read_into(volume.big, memory.bytes());
+				++kinds;
+			} catch (const Unavailable &reason) {
+				missing += (missing.empty() ? "" : "; ") + std::string(kind.name) +
+					   ": " + reason.what();
+			}
+		}
+		if (!missing.empty() && kinds)
+			ktap::line("    # not tried: " + missing);
+		return kinds ? Result() : missing;
+	}
+
+	Result many_requests()
+	{
+		Volume volume(device_.node(), options_);
+		for (const auto way : ways()) {
+			const PinBalance pins;
+			// caches may grow at first
+			read_many(volume.big, way, kMiB);
+			pins.check();
+			const auto before = free_pages(false);
+			for (const size_t length : {16 * kPage, kMiB, 16 * kPage, kMiB})
+				read_many(volume.big, way, length);
+			pins.check();
+			// one page lost by every other request would be found
+			eventually("memory taken by reads that are over",
+				   [&] { return free_pages(false) + 12 * kMany > before; });
+		}
+		return {};
+	}
+
+	Result unmount_after()
+	{
+		for (const auto way : {Way::aio, Way::uring}) {
+			if (missing(way))
+				continue;
+			auto truth = slurp(fs::path(options_.truth) / kFile);
+			for (int i = 0; i < 100; ++i) {
+				Mount mount(device_.node(), options_.mount);
+				auto target = open_target(mount.where(), kFile, std::move(truth));
+				Reads reads(target,
+					    {{0, kPage}, {kMiB, 16 * kPage}, {5 * kMiB, kMiB}},
+					    way);
+				reads.submit();
+				target.fd.close();
+				reads.finish();
+				truth = std::move(target.truth);
+				// the last request lets go of its file behind its completion
+				eventually("use of the mounted image",
+					   [&] { return mount.unmount(); });
+			}
+		}
+		return {};
+	}
+
+private:
+	static constexpr size_t kMany = 128;
+
+	// A directory to mount something at.
+	class Directory
+	{
+	public:
+		explicit Directory(fs::path path) : path_(std::move(path))
+		{
+			fs::create_directories(path_);
+		}
+		Directory(const Directory &) = delete;
+		Directory &operator=(const Directory &) = delete;
+		~Directory() { ::rmdir(path_.c_str()); }
+		const fs::path &path() const { return path_; }
+
+	private:
+		fs::path path_;
+	};
+
+	// The tracepoint, where there is one.
+	class Trace
+	{
+	public:
+		Trace() { forget(); }
+		void forget()
+		{
+			if (trace_)
+				PathTrace::forget();
+		}
+		void expect_only(const std::set<std::string> &want, std::string_view what) const
+		{
+			if (trace_ && PathTrace::taken() != want)
+				throw Error(what, 0, text(want), text(PathTrace::taken()));
+		}
+		void expect_some(const std::string &want, const std::set<std::string> &allowed,
+				 std::string_view what) const
+		{
+			if (!trace_)
+				return;
+			const auto taken = PathTrace::taken();
+			if (!taken.contains(want) || !std::ranges::includes(allowed, taken))
+				throw Error(what, 0, want, text(taken));
+		}
+
+	private:
+		static std::string text(const std::set<std::string> &names)
+		{
+			std::string all;
+			for (const auto &name : names)
+				all += (all.empty() ? "" : "+") + name;
+			return all.empty() ? "no event" : all;
+		}
+		std::unique_ptr<PathTrace> trace_ =
+			PathTrace::available() ? std::make_unique<PathTrace>() : nullptr;
+	};
+
+	static std::vector<Way> ways()
+	{
+		std::vector<Way> all{Way::aio, Way::uring, Way::worker, Way::fixed};
+		std::erase_if(all, [](Way way) { return missing(way).has_value(); });
+		return all;
+	}
+
+	// Indexes have to be read before data can be: afterwards they are cached.
+	static void warm(const Target &target)
+	{
+		const Mapping memory(16 * kMiB);
+		expect(target.path, 0, "bytes", 16 * kMiB,
+		       ::pread(target.fd, memory.bytes().data(), 16 * kMiB, 0));
+		expect_bytes(target.path, 0, target.expect(0, 16 * kMiB), memory.bytes());
+	}
+
+	static void check_buffered(const Target &target, const Piece &piece)
+	{
+		std::vector<std::byte> bytes(piece.length);
+		const auto got = ::pread(Fd(target.path, O_RDONLY), bytes.data(), bytes.size(),
+					 static_cast<off_t>(piece.offset));
+		expect(target.path, piece.offset, "buffered bytes",
+		       static_cast<ssize_t>(piece.length), got);
+		expect_bytes(target.path, piece.offset, target.expect(piece.offset, piece.length),
+			     bytes);
+	}
+
+	static void expect_nowait(const Target &target, const Piece &piece,
+				  std::span<const std::byte> memory, ssize_t got)
+	{
+		if (got == -EAGAIN || got == -EOPNOTSUPP)
+			return;
+		const auto want = target.expect(piece.offset, piece.length);
+		if (got < 0 || static_cast<size_t>(got) > want.size())
+			throw Error(target.path.string(), static_cast<off_t>(piece.offset),
+				    "EAGAIN, EOPNOTSUPP or up to " + std::to_string(want.size()) +
+					    " bytes",
+				    got < 0 ? errno_text(static_cast<int>(-got))
+					    : std::to_string(got));
+		expect_bytes(target.path, piece.offset, want.first(static_cast<size_t>(got)),
+			     memory);
+	}
+
+	static void try_nowait(const Target &target, const std::vector<Piece> &pieces)
+	{
+		const Mapping memory(8 * kMiB);
+		for (const auto &piece : pieces) {
+			const iovec part{memory.bytes().data(), piece.length};
+			const auto got = ::preadv2(target.fd, &part, 1,
+						   static_cast<off_t>(piece.offset), RWF_NOWAIT);
+			expect_nowait(target, piece, memory.bytes(), got < 0 ? -errno : got);
+			for (const auto way : {Way::aio, Way::uring, Way::worker}) {
+				if (missing(way))
+					continue;
+				Request request{0, target.fd, piece.offset, {&part, 1}, RWF_NOWAIT};
+				request.worker = way == Way::worker;
+				std::unique_ptr<Queue> queue;
+				if (way == Way::aio)
+					queue = std::make_unique<Aio>(1);
+				else
+					queue = std::make_unique<Uring>(1);
+				queue->submit(request);
+				expect_nowait(target, piece, memory.bytes(), queue->wait().result);
+			}
+		}
+	}
+
+	// Without a way, it waits in pread().
+	void lose_reader(std::optional<Way> way, bool killed)
+	{
+		const PinBalance pins;
+		Volume volume(device_.node(), options_);
+		warm(volume.big);
+		const Pipe started;
+		Suspended held(device_);
+		Child child([&] {
+			if (!way) {
+				const Mapping memory(4 * kMiB);
+				return static_cast<int>(
+					::pread(volume.big.fd, memory.bytes().data(), 4 * kMiB, 0));
+			}
+			Reads reads(volume.big, {{0, kMiB}, {4 * kMiB, 4 * kMiB}}, *way);
+			reads.submit();
+			// what has not been started when a process ends is not started any more
+			pins.wait_for_pins();
+			started.give();
+			if (killed)
+				reads.finish();
+			::_exit(0);
+		});
+		if (way)
+			started.take();
+		else
+			pins.wait_for_pins();
+		if (killed)
+			child.kill();
+		held.resume();
+		const int status = child.status();
+		if (killed ? !WIFSIGNALED(status) || WTERMSIG(status) != SIGKILL : status)
+			throw Error("child", 0, killed ? "SIGKILL" : "status 0",
+				    std::to_string(status));
+		pins.check();
+		volume.big.fd.close();
+		eventually("use of the image by a process that is gone",
+			   [&] { return volume.mount.unmount(); });
+	}
+
+	static void splice_out(const Target &target, size_t offset, size_t end, size_t step)
+	{
+		const Pipe pipe;
+		::fcntl(pipe.in(), F_SETPIPE_SZ, kMiB);
+		std::vector<std::byte> bytes(step);
+		auto at = static_cast<off_t>(offset);
+		while (static_cast<size_t>(at) < end) {
+			const auto start = static_cast<size_t>(at);
+			const auto want = target.expect(start, step);
+			const auto got = ::splice(target.fd, &at, pipe.in(), nullptr, step, 0);
+			if (want.empty() && !got)
+				return;
+			if (got <= 0 || static_cast<size_t>(got) > want.size())
+				throw Error(target.path.string(), static_cast<off_t>(start),
+					    "up to " + std::to_string(want.size()) + " bytes",
+					    got < 0 ? errno_text(errno) : std::to_string(got));
+			expect(target.path, start, "as position", static_cast<ssize_t>(start) + got,
+			       at);
+			expect(target.path, start, "bytes in the pipe", got,
+			       ::read(pipe.out(), bytes.data(), static_cast<size_t>(got)));
+			expect_bytes(target.path, start, want.first(static_cast<size_t>(got)),
+				     bytes);
+		}
+	}
+
+	static void send_out(const Target &target, size_t offset, size_t end, size_t step)
+	{
+		const Fd memory(::memfd_create("copy", MFD_CLOEXEC), "memfd");
+		auto at = static_cast<off_t>(offset);
+		while (static_cast<size_t>(at) < end) {
+			const auto got = ::sendfile(memory, target.fd, &at, step);
+			if (got < 0)
+				throw Error(target.path.string(), at, "bytes", errno_text(errno));
+			if (!got)
+				break;
+		}
+		const auto want = target.expect(offset, static_cast<size_t>(at) - offset);
+		const auto size = std::min(end, target.size()) - offset;
+		if (want.size() < size)
+			throw Error(target.path.string(), at, std::to_string(size) + " bytes",
+				    std::to_string(want.size()));
+		std::vector<std::byte> bytes(want.size());
+		expect("the copy", 0, "bytes", static_cast<ssize_t>(want.size()),
+		       ::pread(memory, bytes.data(), bytes.size() + kPage, 0));
+		expect_bytes(target.path, offset, want, bytes);
+	}
+
+	// All files below `top` with what they were made from.
+	void compare_all(const fs::path &top, int flags, size_t step = 4 * kMiB) const
+	{
+		const Mapping memory(step);
+		size_t files = 0;
+		for (const auto &entry : fs::recursive_directory_iterator(top)) {
+			if (!entry.is_regular_file() || entry.is_symlink())
+				continue;
+			const auto truth = slurp(options_.truth / fs::relative(entry.path(), top));
+			const Fd fd(entry.path(),
+				    can_be_direct(entry.path()) ? flags : flags & ~O_DIRECT);
+			size_t done = 0;
+			for (ssize_t got; done < truth.size(); done += static_cast<size_t>(got)) {
+				got = ::pread(fd, memory.bytes().data(), step,
+					      static_cast<off_t>(done));
+				const auto rest = std::span(std::as_const(truth)).subspan(done);
+				expect(entry.path(), done, "bytes",
+				       static_cast<ssize_t>(std::min(step, rest.size())), got);
+				expect_bytes(entry.path(), done,
+					     rest.first(static_cast<size_t>(got)), memory.bytes());
+			}
+			++files;
+		}
+		if (!files)
+			throw Error(top.string(), 0, "files", "none");
+	}
+
+	// As if it had been opened that way; nothing in `path` means that no event is due.
+	static void switch_direct(const Target &target, const std::string &path)
+	{
+		const Fd fd(target.path, O_RDONLY);
+		const int flags = ::fcntl(fd, F_GETFL);
+		const auto length = std::min(16 * kPage, target.size() / 8 / kPage * kPage);
+		const Mapping memory(length);
+		Trace trace;
+		size_t offset = 0;
+		for (const bool direct : {false, true, false, true, true}) {
+			if (::fcntl(fd, F_SETFL, direct ? flags | O_DIRECT : flags))
+				throw Error(target.path.string(), 0, "F_SETFL", errno_text(errno));
+			trace.forget();
+			expect(target.path, offset, "bytes", static_cast<ssize_t>(length),
+			       ::read(fd, memory.bytes().data(), length));
+			expect_bytes(target.path, offset, target.expect(offset, length),
+				     memory.bytes());
+			if (!direct)
+				trace.expect_only({}, "a read without O_DIRECT");
+			else if (!path.empty())
+				trace.expect_only({path}, "a read after F_SETFL");
+			offset += length;
+			expect(target.path, offset, "as position", static_cast<ssize_t>(offset),
+			       ::lseek(fd, 0, SEEK_CUR));
+		}
+	}
+
+	static struct statx alignment(const fs::path &path)
+	{
+		struct statx info;
+		if (::statx(AT_FDCWD, path.c_str(), 0,
+			    STATX_BASIC_STATS | STATX_DIOALIGN | STATX_DIO_READ_ALIGN, &info) ||
+		    !(info.stx_mask & STATX_DIOALIGN))
+			throw Error(path.string(), 0, "STATX_DIOALIGN", "none");
+		return info;
+	}
+
+	// Opening a compressed file always succeeds.
+	static bool can_be_direct(const fs::path &path)
+	{
+		struct statx info;
+		if (::statx(AT_FDCWD, path.c_str(), 0, STATX_BASIC_STATS | STATX_DIOALIGN, &info))
+			throw Error(path.string(), 0, "statx", errno_text(errno));
+		return (info.stx_attributes & STATX_ATTR_COMPRESSED) ||
+		       !(info.stx_mask & STATX_DIOALIGN) || info.stx_dio_offset_align;
+	}
+
+	// What statx() reports goes direct; with none, nothing does, and with less, nothing either.
+	static void expect_alignment(const Target &target)
+	{
+		const auto info = alignment(target.path);
+		const size_t memory = info.stx_dio_mem_align, offset = info.stx_dio_offset_align;
+		if (!memory != !offset)
+			throw Error(target.path.string(), 0, "both alignments or none",
+				    std::to_string(memory) + " and " + std::to_string(offset));
+		if (!offset) {
+			expect_path(target, 16 * kPage, 16 * kPage, 0, "no-bdev");
+			return;
+		}
+		for (const size_t n : {1, 2, 3, 7, 100}) {
+			expect_path(target, n * offset, n * offset, n * memory, "direct");
+			expect_path(target, n * offset, offset, memory, "direct");
+			expect_path(target, n * offset + offset / 2, offset, 0, "misaligned");
+			expect_path(target, n * offset, n * offset + offset / 2, 0, "misaligned");
+			if (memory > 1)
+				expect_path(target, n * offset, offset, n * memory + memory / 2,
+					    "misaligned");
+		}
+	}
+
+	static void expect_path(const Target &target, size_t offset, size_t length, size_t at,
+				const std::string &path)
+	{
+		const Mapping memory(length + at + kPage);
+		const auto place = memory.bytes().subspan(at, length);
+		Trace trace;
+		expect(target.path, offset, "bytes", static_cast<ssize_t>(length),
+		       ::pread(target.fd, place.data(), length, static_cast<off_t>(offset)));
+		expect_bytes(target.path, offset, target.expect(offset, length), place);
+		trace.expect_only({path}, "offset " + std::to_string(offset) + ", length " +
+						  std::to_string(length) + ", memory " +
+						  std::to_string(at));
+	}
+
+	// Whatever is around the destination belongs to the same large folio.
+	static void read_into(const Target &target, std::span<std::byte> memory)
+	{
+		for (const auto &[at, length] : {std::pair{size_t{0}, memory.size()},
+						 {kPage, memory.size() - 2 * kPage},
+						 {512, 16 * kPage},
+						 {memory.size() / 2 - kPage, 2 * kPage}}) {
+			std::ranges::fill(memory, kMark);
+			Trace trace;
+			const auto place = memory.subspan(at, length);
+			expect(target.path, kMiB, "bytes", static_cast<ssize_t>(length),
+			       ::pread(target.fd, place.data(), length, kMiB));
+			trace.expect_only({"direct"}, "a read into large folios");
+			expect_bytes(target.path, kMiB, target.expect(kMiB, length), place);
+			expect_untouched("before the buffer", memory.first(at));
+			expect_untouched("behind the buffer", memory.subspan(at + length));
+		}
+	}
+
+	// A copy of the image on a filesystem that can be read by page.
+	std::optional<fs::path> image_file() const
+	{
+		if (options_.scratch.empty())
+			return {};
+		const auto path = fs::path(options_.scratch) / "image.erofs";
+		if (!fs::exists(path)) {
+			std::ifstream in(options_.device, std::ios::binary);
+			std::ofstream out(path, std::ios::binary);
+			out << in.rdbuf() << std::flush;
+			if (!in || !out)
+				throw Error(path.string(), 0, "a copy of the image",
+					    "an error: is there room for it?");
+			// a RAM disk takes its memory then, and not in the middle of a test that
+			// counts
+			::sync();
+		}
+		return path;
+	}
+
+	static void page_out(std::span<std::byte> bytes)
+	{
+		if (::madvise(bytes.data(), bytes.size(), MADV_PAGEOUT))
+			throw Error("MADV_PAGEOUT", 0, "success", errno_text(errno));
+		std::vector<unsigned char> present(bytes.size() / kPage);
+		::mincore(bytes.data(), bytes.size(), present.data());
+		if (std::ranges::all_of(present, [](auto flags) { return flags & 1; }))
+			throw Error("MADV_PAGEOUT", 0, "pages that are gone", "all of them");
+	}
+
+	static void read_many(const Target &target, Way way, size_t length)
+	{
+		std::vector<Piece> pieces;
+		for (size_t i = 0; i < kMany; ++i)
+			pieces.push_back(
+				{i * 37 * kPage % (target.size() / kPage * kPage), length});
+		Reads reads(target, std::move(pieces), way);
+		reads.submit();
+		reads.finish();
+	}
+
+	Options options_;
+	Linear device_;
+};
+
+std::vector<ktap::Case> all_cases(Tester &tester)
+{
+	return {
+		{"aio_is_asynchronous", [&] { return tester.asynchronous(Way::aio); }},
+		{"io_uring_is_asynchronous", [&] { return tester.asynchronous(Way::uring); }},
+		{"workers_are_asynchronous", [&] { return tester.asynchronous(Way::worker); }},
+		{"fixed_buffers_are_asynchronous", [&] { return tester.asynchronous(Way::fixed); }},
+		{"nowait", [&] { return tester.nowait(); }},
+		{"killed_reader", [&] { return tester.killed_reader(); }},
+		{"fork_during_read", [&] { return tester.fork_during_read(); }},
+		{"munmap_during_read", [&] { return tester.munmap_during_read(); }},
+		{"racing_writer_async", [&] { return tester.racing_writer_async(); }},
+		{"splice_and_sendfile", [&] { return tester.splice_and_sendfile(); }},
+		{"loop_device", [&] { return tester.loop_device(); }},
+		{"overlayfs", [&] { return tester.overlayfs(); }},
+		{"fcntl_direct", [&] { return tester.fcntl_direct(); }},
+		{"statx_alignment", [&] { return tester.statx_alignment(); }},
+		{"file_backed_mount", [&] { return tester.file_backed_mount(); }},
+		{"shared_page_cache", [&] { return tester.shared_page_cache(); }},
+		{"swapped_memory", [&] { return tester.swapped_memory(); }},
+		{"huge_destinations", [&] { return tester.huge_destinations(); }},
+		{"many_requests", [&] { return tester.many_requests(); }},
+		{"unmount_after", [&] { return tester.unmount_after(); }},
+	};
+}
+
+bool run_all(const Options &options, const std::string &name, const std::vector<std::string> &only)
+{
+	Tester tester(options);
+	auto cases = all_cases(tester);
+	if (!only.empty())
+		std::erase_if(cases, [&](const auto &one) {
+			return std::ranges::find(only, one.name) == only.end();
+		});
+	if (cases.empty())
+		throw Error("--case", 0, "names of tests", only.front());
+	return ktap::run(name, cases);
+}
+
+} // namespace
+
+int main(int argc, char **argv)
+{
+	CLI::App app{
+		"Callers of direct reads of an EROFS image, and the lifetimes of what they use"};
+	Options options;
+	std::string name = "dio_callers";
+	std::vector<std::string> only;
+	app.add_option("--device", options.device, "block device with the image")->required();
+	app.add_option("--mount", options.mount, "where to mount it")->required();
+	app.add_option("--truth", options.truth, "directory with the same files")->required();
+	app.add_option("--scratch", options.scratch, "a directory on a block device, for a copy");
+	app.add_option("--name", name, "name of the suite in the KTAP output");
+	app.add_option("--case", only, "these tests only");
+	CLI11_PARSE(app, argc, argv);
+	try {
+		if (!Linear::available())
+			throw Error("/dev/mapper/control", 0, "device mapper", "none");
+		return run_all(options, name, only) ? 0 : 1;
+	} catch (const std::exception &error) {
+		ktap::line(std::string("Bail out! ") + error.what());
+		return 1;
+	}
+}

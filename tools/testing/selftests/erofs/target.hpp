@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// A file of the mounted image and what it has to contain.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <linux/fiemap.h>
+#include <linux/stat.h>
+#include <sys/ioctl.h>
+
+#include "io.hpp"
+
+struct Target {
+	std::string name;
+	std::filesystem::path path;
+	Fd fd;
+	std::vector<std::byte> truth;
+	size_t block;
+	bool compressed;
+	bool packed;		    // as a whole, together with other files
+	std::vector<size_t> starts; // of extents, as far as the kernel tells
+	struct {
+		size_t offset, memory;
+	} direct; // alignment that direct reads need; 0 if they are never direct
+
+	size_t size() const { return truth.size(); }
+	std::span<const std::byte> expect(size_t offset, size_t length) const
+	{
+		const auto start = std::min(offset, size());
+		return std::span(truth).subspan(start, std::min(length, size() - start));
+	}
+	size_t aligned_size() const { return (size() + block - 1) / block * block; }
+	// What is in the page cache is copied from there: it is to be decoded, too.
+	void uncache() const { ::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED); }
+};
+
+inline std::vector<std::byte> slurp(const std::filesystem::path &path)
+{
+	const Fd fd(path, O_RDONLY);
+	std::vector<std::byte> data(file_size(fd));
+	for (size_t done = 0; done < data.size();) {
+		const auto got = ::pread(fd, data.data() + done, data.size() - done,
+					 static_cast<off_t>(done));
+		if (got <= 0)
+			throw Error(path.string(), static_cast<off_t>(done), "data",
+				    got ? errno_text(errno) : "end of file");
+		done += static_cast<size_t>(got);
+	}
+	return data;
+}
+
+// Where the extents of a file begin in it, and whether any has a place of its own on a device.
+struct Extents {
+	std::vector<size_t> starts;
+	bool placed = false;
+};
+
+inline Extents extents(int fd)
+{
+	constexpr size_t kBatch = 256;
+	alignas(fiemap) std::array<std::byte, sizeof(fiemap) + kBatch * sizeof(fiemap_extent)>
+		space{};
+	auto *const map = reinterpret_cast<fiemap *>(space.data());
+	Extents all;
+	size_t start = 0;
+	do {
+		map->fm_start = start;
+		map->fm_length = FIEMAP_MAX_OFFSET - start;
+		map->fm_extent_count = kBatch;
+		// FS_IOC_FIEMAP, but <linux/fs.h> does not go with <sys/mount.h> of glibc 2.36
+		if (::ioctl(fd, _IOWR('f', 11, fiemap), map))
+			break;
+		for (const auto &extent : std::span(map->fm_extents, map->fm_mapped_extents)) {
+			all.starts.push_back(extent.fe_logical);
+			all.placed |= extent.fe_physical != 0;
+			start = extent.fe_logical + extent.fe_length;
+		}
+	} while (map->fm_mapped_extents == kBatch);
+	return all;
+}
+
+inline Target open_target(const std::filesystem::path &mount, const std::string &name,
+			  std::vector<std::byte> truth)
+{
+	const auto path = mount / name;
+	Fd fd(path, O_RDONLY | O_DIRECT);
+	struct statx info;
+	if (::statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS | STATX_DIOALIGN, &info))
+		throw Error(path.string(), 0, "statx", errno_text(errno));
+	auto [starts, placed] = extents(fd);
+	const bool packed = !starts.empty() && !placed;
+	Target target{name,
+		      path,
+		      std::move(fd),
+		      std::move(truth),
+		      info.stx_blksize,
+		      (info.stx_attributes & STATX_ATTR_COMPRESSED) != 0,
+		      packed,
+		      std::move(starts),
+		      {info.stx_dio_offset_align, info.stx_dio_mem_align}};
+	if (info.stx_size != target.size())
+		throw Error(path.string(), 0, std::to_string(target.size()) + " bytes",
+			    std::to_string(info.stx_size));
+	return target;
+}
