@@ -1,0 +1,733 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Measures the cells of a plan: one way to read, one file system, one request size each. The
+// columns of a cell take turns, so that what drifts with time meets all of them.
+
+#include <algorithm>
+#include <array>
+#include <barrier>
+#include <chrono>
+#include <cstdio>
+#include <deque>
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <thread>
+
+#include <CLI/CLI.hpp>
+#include <liburing.h>
+#include <nlohmann/json.hpp>
+#include <sys/uio.h>
+#include <xxhash.h>
+
+#include "io.hpp"
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+using Clock = std::chrono::steady_clock;
+using Bytes = std::span<std::byte>;
+
+#ifdef KERNEL_LZ4
+extern "C" int LZ4_decompress_safe(const char *source, char *dest, int compressed, int capacity);
+extern "C" int LZ4_decompress_safe_partial(const char *source, char *dest, int compressed,
+					   int target, int capacity);
+#endif
+#ifndef RWF_DONTCACHE
+#define RWF_DONTCACHE 0x80
+#endif
+
+namespace
+{
+
+constexpr size_t huge_page = 2 << 20;
+
+enum class Mode { buffered, dropbehind, direct, floor };
+
+NLOHMANN_JSON_SERIALIZE_ENUM(Mode, {{Mode::buffered, "buffered"},
+				    {Mode::dropbehind, "dropbehind"},
+				    {Mode::direct, "direct"},
+				    {Mode::floor, "floor"}})
+
+struct Column {
+	std::string name, device, filesystem;
+	Mode mode;
+	bool huge;
+	std::vector<std::string> files;
+	// of the floor: how each of the files is stored, as erofs_oracle lists it
+	std::vector<std::string> extents;
+};
+
+void from_json(const Json &item, Column &column)
+{
+	column = {item.at("name"),
+		  item.at("device"),
+		  item.value("filesystem", "erofs"),
+		  item.at("mode"),
+		  item.value("huge", false),
+		  item.value("files", std::vector<std::string>()),
+		  item.value("extents", std::vector<std::string>())};
+}
+
+struct Cell {
+	// names the cell in the report; what is not said otherwise below is only passed on
+	Json parameters;
+	bool random;
+	// zero depth: synchronous; bytes: of each thread
+	unsigned threads, depth;
+	size_t request, bytes;
+	std::vector<Column> columns;
+};
+
+void from_json(const Json &item, Cell &cell)
+{
+	const auto &given = item.at("parameters");
+	cell = {given,
+		given.at("pattern") == "random",
+		given.at("threads"),
+		given.at("depth"),
+		given.at("request"),
+		item.at("bytes"),
+		item.at("columns")};
+	if (!cell.threads || !cell.request || cell.bytes < cell.request)
+		throw Error("plan", 0, "threads, a request and no fewer bytes than that",
+			    item.dump());
+}
+
+void report(const Json &row)
+{
+	std::cout << "@json " + row.dump() + "\n" << std::flush;
+}
+
+// Where the emulator begins and ends to count; nothing at all on other machines.
+template <unsigned id> void mark()
+{
+#ifdef __aarch64__
+	asm volatile("movz xzr, #%c0" ::"i"(0xe200 | id) : "memory");
+#endif
+}
+
+size_t huge_bytes()
+{
+	std::ifstream in("/proc/self/smaps_rollup");
+	for (std::string line; std::getline(in, line);)
+		if (line.starts_with("AnonHugePages:"))
+			return std::stoul(line.substr(line.find_first_of("0123456789"))) << 10;
+	return 0;
+}
+
+// Memory in huge pages, or in none at all; touched, because page faults are not what is measured.
+class Buffer
+{
+public:
+	Buffer(size_t size, bool huge)
+	    : map_((size + 2 * huge_page - 1) & ~(huge_page - 1)), bytes_(aligned(size))
+	{
+		const size_t whole = (size + huge_page - 1) & ~(huge_page - 1);
+		// a kernel without huge pages knows neither
+		if (::madvise(bytes_.data(), whole, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE) &&
+		    (huge || errno != EINVAL))
+			throw Error("madvise", 0, "success", errno_text(errno));
+		const size_t before = huge ? huge_bytes() : 0;
+		std::ranges::fill(Bytes(bytes_.data(), huge ? whole : size), std::byte{1});
+		if (huge && huge_bytes() < before + whole)
+			throw Error("madvise", 0, std::to_string(whole) + " bytes in huge pages",
+				    std::to_string(huge_bytes() - before));
+	}
+
+	Bytes part(size_t offset, size_t size) const { return bytes_.subspan(offset, size); }
+
+private:
+	Bytes aligned(size_t size) const
+	{
+		void *at = map_.bytes().data();
+		size_t space = map_.bytes().size();
+		std::align(huge_page, size, at, space);
+		return {static_cast<std::byte *>(at), size};
+	}
+
+	Mapping map_;
+	Bytes bytes_;
+};
+
+class Hash
+{
+public:
+	Hash() { XXH3_128bits_reset(state_.get()); }
+	void add(std::span<const std::byte> data)
+	{
+		XXH3_128bits_update(state_.get(), data.data(), data.size());
+	}
+	std::string text() const
+	{
+		const auto value = XXH3_128bits_digest(state_.get());
+		std::array<char, 33> text;
+		std::snprintf(text.data(), text.size(), "%016llx%016llx",
+			      static_cast<unsigned long long>(value.high64),
+			      static_cast<unsigned long long>(value.low64));
+		return text.data();
+	}
+
+private:
+	std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state_{XXH3_createState(),
+									XXH3_freeState};
+};
+
+// An open file, and how it is read.
+class Source
+{
+public:
+	Source(const fs::path &path, Mode mode)
+	    : path_(path), mode_(mode), fd_(path, O_RDONLY | (mode == Mode::direct ? O_DIRECT : 0)),
+	      size_(file_size(fd_))
+	{
+		// a kernel that does not offer it says so at once, at the end of the file, too
+		std::byte byte;
+		const iovec to{&byte, 1};
+		uncached_ = mode == Mode::dropbehind &&
+			    ::preadv2(fd_, &to, 1, static_cast<off_t>(size_), RWF_DONTCACHE) >= 0;
+	}
+
+	const fs::path &path() const { return path_; }
+	int fd() const { return fd_; }
+	size_t size() const { return size_; }
+	bool uncached() const { return uncached_; }
+	int flags() const { return uncached_ ? RWF_DONTCACHE : 0; }
+
+	void read(Bytes to, size_t offset) const
+	{
+		const iovec part{to.data(), to.size()};
+		const auto got =
+			uncached_ ? ::preadv2(fd_, &part, 1, static_cast<off_t>(offset),
+					      RWF_DONTCACHE)
+				  : ::pread(fd_, to.data(), to.size(), static_cast<off_t>(offset));
+		check(got < 0 ? -errno : got, to.size(), offset);
+	}
+
+	// What a read returned, or an error as a negative number.
+	void check(ssize_t got, size_t wanted, size_t offset) const
+	{
+		if (got < 0 || static_cast<size_t>(got) != std::min(wanted, size_ - offset))
+			throw Error(path_.string(), static_cast<off_t>(offset),
+				    std::to_string(wanted) + " bytes",
+				    got < 0 ? errno_text(static_cast<int>(-got))
+					    : std::to_string(got));
+		if (mode_ == Mode::dropbehind && !uncached_)
+			::posix_fadvise(fd_, static_cast<off_t>(offset), static_cast<off_t>(wanted),
+					POSIX_FADV_DONTNEED);
+	}
+
+private:
+	fs::path path_;
+	Mode mode_;
+	Fd fd_;
+	size_t size_;
+	bool uncached_ = false;
+};
+
+// What one thread reads, and how long each request took.
+struct Work {
+	std::vector<size_t> offsets;
+	std::vector<Clock::duration> latencies;
+};
+
+void read_in_turn(const Source &source, const Buffer &buffer, size_t request, Work &work)
+{
+	for (const auto offset : work.offsets) {
+		const auto start = Clock::now();
+		source.read(buffer.part(0, request), offset);
+		work.latencies.push_back(Clock::now() - start);
+	}
+}
+
+// The clock of a request would be counted, too.
+void read_uncounted(const Source &source, const Buffer &buffer, size_t request, const Work &work)
+{
+	for (const auto offset : work.offsets)
+		source.read(buffer.part(0, request), offset);
+}
+
+class Ring
+{
+public:
+	explicit Ring(unsigned depth)
+	{
+		if (const int error = io_uring_queue_init(depth, &ring_, 0))
+			throw Error("io_uring_setup", 0, "success", errno_text(-error));
+	}
+	Ring(const Ring &) = delete;
+	Ring &operator=(const Ring &) = delete;
+	~Ring() { io_uring_queue_exit(&ring_); }
+
+	void submit(const Source &source, Bytes to, size_t offset, uint64_t slot)
+	{
+		auto *const entry = io_uring_get_sqe(&ring_);
+		io_uring_prep_read(entry, source.fd(), to.data(), static_cast<unsigned>(to.size()),
+				   offset);
+		entry->rw_flags = source.flags();
+		io_uring_sqe_set_data64(entry, slot);
+		if (const int done = io_uring_submit(&ring_); done != 1)
+			throw Error(source.path().string(), static_cast<off_t>(offset),
+				    "one request submitted", std::to_string(done));
+	}
+
+	std::pair<uint64_t, int> wait()
+	{
+		io_uring_cqe *entry;
+		if (const int error = io_uring_wait_cqe(&ring_, &entry))
+			throw Error("io_uring_wait_cqe", 0, "success", errno_text(-error));
+		const std::pair result(io_uring_cqe_get_data64(entry), entry->res);
+		io_uring_cqe_seen(&ring_, entry);
+		return result;
+	}
+
+private:
+	io_uring ring_;
+};
+
+void read_queued(const Source &source, const Buffer &buffer, size_t request, unsigned depth,
+		 Work &work)
+{
+	struct Slot {
+		size_t offset;
+		Clock::time_point start;
+	};
+	std::vector<Slot> slots(depth);
+	Ring ring(depth);
+	auto next = work.offsets.begin();
+	unsigned flying = 0;
+	const auto submit = [&](uint64_t slot) {
+		if (next == work.offsets.end())
+			return;
+		slots[slot] = {*next++, Clock::now()};
+		ring.submit(source, buffer.part(slot * request, request), slots[slot].offset, slot);
+		++flying;
+	};
+	for (uint64_t slot = 0; slot < depth; ++slot)
+		submit(slot);
+	while (flying) {
+		const auto [slot, result] = ring.wait();
+		work.latencies.push_back(Clock::now() - slots[slot].start);
+		--flying;
+		source.check(result, request, slots[slot].offset);
+		submit(slot);
+	}
+}
+
+// The extents of a file, in memory: what remains to be done is what its decoder does.
+class Floor
+{
+public:
+	Floor(const fs::path &list, const std::string &device, size_t bytes)
+	{
+		const Fd fd(device, O_RDONLY);
+		std::ifstream in(list);
+		std::string line, how;
+		std::getline(in, line); // titles
+		for (Extent extent; std::getline(in, line);) {
+			std::istringstream words(line);
+			uint64_t from;
+			if (!(words >> extent.at >> extent.length >> from >> extent.stored >> how))
+				throw Error(list.string(), 0, "an extent", line);
+			if (extent.at >= bytes)
+				break;
+			extent.plain = how == "shifted" || how == "interlaced";
+			extent.partial = line.ends_with("partial");
+			if (!extent.plain && how != "lz4")
+				throw Error(list.string(), 0, "lz4 or what is stored plain", line);
+			extent.data = input_.size();
+			largest_ = std::max(largest_, extent.length);
+			input_.resize(input_.size() + extent.stored);
+			load(fd, device, from, Bytes(input_).last(extent.stored));
+			// data ends where its blocks end
+			while (!extent.plain && extent.stored &&
+			       input_[extent.data] == std::byte{0}) {
+				++extent.data;
+				--extent.stored;
+			}
+			extents_.push_back(extent);
+		}
+		if (extents_.empty())
+			throw Error(list.string(), 0, "extents", "none");
+	}
+
+	size_t largest() const { return largest_; }
+
+	// Into the buffer at the offset in a page that the file has; use() sees each extent.
+	template <typename Use> void decode(Bytes to, Use use) const
+	{
+		for (const auto &extent : extents_) {
+			const auto out = to.subspan(extent.at % page, extent.length);
+			decode(extent, out);
+			use(extent.at, out);
+		}
+	}
+
+	static constexpr size_t page = 4096;
+
+private:
+	struct Extent {
+		size_t at, length, data, stored;
+		bool plain, partial;
+	};
+
+	static void load(int fd, const std::string &device, size_t from, Bytes to)
+	{
+		if (::pread(fd, to.data(), to.size(), static_cast<off_t>(from)) !=
+		    static_cast<ssize_t>(to.size()))
+			throw Error(device, static_cast<off_t>(from),
+				    std::to_string(to.size()) + " bytes", errno_text(errno));
+	}
+
+	void decode(const Extent &extent, Bytes out) const
+	{
+		const auto in = std::span(input_).subspan(extent.data, extent.stored);
+		if (extent.plain) {
+			std::memcpy(out.data(), in.data(), std::min(in.size(), out.size()));
+			return;
+		}
+#ifdef KERNEL_LZ4
+		const auto *const from = reinterpret_cast<const char *>(in.data());
+		auto *const dest = reinterpret_cast<char *>(out.data());
+		const auto have = static_cast<int>(in.size()), want = static_cast<int>(out.size());
+		const int got = extent.partial
+					? LZ4_decompress_safe_partial(from, dest, have, want, want)
+					: LZ4_decompress_safe(from, dest, have, want);
+		if (got == want)
+			return;
+#endif
+		throw Error("floor", static_cast<off_t>(extent.at), "data of this length", "none");
+	}
+
+	std::vector<std::byte> input_;
+	std::vector<Extent> extents_;
+	size_t largest_ = 0;
+};
+
+uint64_t sectors_read(const std::string &device)
+{
+	const auto name = fs::canonical(device).filename();
+	std::ifstream in("/sys/class/block" / name / "stat");
+	uint64_t reads = 0, merged = 0, sectors = 0;
+	in >> reads >> merged >> sectors;
+	return sectors;
+}
+
+void set(const fs::path &path, std::string_view text)
+{
+	std::ofstream out(path);
+	if (!(out << text << std::flush))
+		throw Error(path.string(), 0, "to be set to " + std::string(text),
+			    errno_text(errno));
+}
+
+// All pages that anybody allocates or frees meanwhile. What is freed without having been seen
+// before counts from the start, so that the peak is never too low.
+class PageTrace
+{
+public:
+	PageTrace()
+	{
+		set(top_ / "trace", "");
+		set(top_ / "buffer_size_kb", "16384");
+		enable("1");
+	}
+	PageTrace(const PageTrace &) = delete;
+	PageTrace &operator=(const PageTrace &) = delete;
+	~PageTrace()
+	{
+		try {
+			enable("0");
+		} catch (const std::exception &) {
+			// it only goes on, and who reads it has stopped it already
+		}
+	}
+
+	static bool offered() { return fs::exists(top_ / "events/kmem/mm_page_alloc/enable"); }
+
+	int64_t peak()
+	{
+		enable("0");
+		int64_t held = 0, highest = 0, before = 0;
+		std::map<uint64_t, int64_t> seen;
+		std::ifstream in(top_ / "trace");
+		for (std::string line; std::getline(in, line);) {
+			const bool taken = line.find(" mm_page_alloc: ") != line.npos;
+			if (!taken && line.find(" mm_page_free: ") == line.npos)
+				continue;
+			const auto page = number(line, " pfn=");
+			const auto size = int64_t{::sysconf(_SC_PAGESIZE)}
+					  << number(line, " order=");
+			if (taken)
+				seen[page] = size;
+			else if (!seen.erase(page))
+				before += size;
+			else
+				held -= size;
+			held += taken ? size : 0;
+			highest = std::max(highest, held);
+		}
+		return highest + before;
+	}
+
+private:
+	static uint64_t number(const std::string &line, std::string_view name)
+	{
+		const auto at = line.find(name);
+		if (at == line.npos)
+			throw Error("trace", 0, "a number" + std::string(name), line);
+		return std::stoull(line.substr(at + name.size()), nullptr, 0);
+	}
+
+	static void enable(std::string_view value)
+	{
+		for (const auto *const event : {"mm_page_alloc", "mm_page_free"})
+			set(top_ / "events/kmem" / event / "enable", value);
+	}
+
+	static inline const fs::path top_ = "/sys/kernel/tracing";
+};
+
+double seconds(Clock::duration time)
+{
+	return std::chrono::duration<double>(time).count();
+}
+
+Json quantiles(std::vector<Clock::duration> times)
+{
+	std::ranges::sort(times);
+	Json row = Json::object();
+	for (const auto &[name, part] : {std::pair("p50", 0.5), std::pair("p99", 0.99)})
+		if (!times.empty())
+			row[name] = seconds(times[static_cast<size_t>(
+				part * static_cast<double>(times.size() - 1))]);
+	return row;
+}
+
+class Bench
+{
+public:
+	Bench(fs::path mount, bool count) : mount_(std::move(mount)), count_(count) {}
+
+	void run(const Cell &cell, unsigned rounds)
+	{
+		for (const auto &column : cell.columns)
+			verify(cell, column);
+		// the first pass meets cold allocators and is left out
+		for (unsigned round = 0; round <= rounds; ++round)
+			for (size_t i = 0; i < cell.columns.size(); ++i)
+				pass(cell, cell.columns[(i + round) % cell.columns.size()], round);
+		if (count_ || cell.random || cell.threads > 1 || cell.depth ||
+		    !PageTrace::offered())
+			return;
+		for (const auto &column : cell.columns)
+			if (column.mode == Mode::direct)
+				stage(cell, column);
+	}
+
+private:
+	// All ways to read the same file give the same bytes; each is asked once.
+	void verify(const Cell &cell, const Column &column)
+	{
+		const auto &file = column.files.at(0);
+		const auto way = Json{column.device, column.filesystem, file,
+				      column.mode,   column.huge,	cell.bytes}
+					 .dump();
+		if (!verified_.emplace(way, true).second)
+			return;
+		const auto got = column.mode == Mode::floor ? hash_floor(cell, column)
+							    : hash_file(cell, column);
+		const auto [seen, fresh] =
+			hashes_.emplace(file + " " + std::to_string(cell.bytes), got);
+		if (seen->second != got)
+			throw Error(column.name + ": " + file, 0, "data of hash " + seen->second,
+				    got);
+	}
+
+	std::string hash_file(const Cell &cell, const Column &column) const
+	{
+		const Mount mount(column.device, mount_, {}, column.filesystem);
+		const Source source(mount_ / column.files[0], column.mode);
+		const Buffer buffer(size_t{1} << 20, column.huge);
+		Hash hash;
+		for (size_t at = 0; at < cell.bytes;) {
+			const auto length = std::min(size_t{1} << 20, cell.bytes - at);
+			source.read(buffer.part(0, length), at);
+			hash.add(buffer.part(0, length));
+			at += length;
+		}
+		return hash.text();
+	}
+
+	std::string hash_floor(const Cell &cell, const Column &column) const
+	{
+		const Floor floor(column.extents.at(0), column.device, cell.bytes);
+		const Buffer buffer(floor.largest() + Floor::page, true);
+		Hash hash;
+		floor.decode(buffer.part(0, floor.largest() + Floor::page),
+			     [&](size_t at, Bytes data) {
+				     hash.add(data.first(std::min(data.size(), cell.bytes - at)));
+			     });
+		return hash.text();
+	}
+
+	void pass(const Cell &cell, const Column &column, unsigned round)
+	{
+		auto row = column.mode == Mode::floor ? pass_floor(cell, column)
+						      : pass_file(cell, column);
+		row.update({{"cell", cell.parameters},
+			    {"column", column.name},
+			    {"round", round},
+			    {"bytes", cell.bytes * cell.threads}});
+		if (round || count_)
+			report(row);
+	}
+
+	// What one request takes beside its destination; the one before it has read the meta data.
+	void stage(const Cell &cell, const Column &column) const
+	{
+		const Mount mount(column.device, mount_, {}, column.filesystem);
+		const Source source(mount_ / column.files.at(0), column.mode);
+		const Buffer buffer(cell.request, column.huge);
+		source.read(buffer.part(0, cell.request), 0);
+		PageTrace trace;
+		source.read(buffer.part(0, cell.request), 0);
+		report({{"cell", cell.parameters},
+			{"column", column.name},
+			{"round", 0},
+			{"bytes", cell.request},
+			{"staging", trace.peak()}});
+	}
+
+	Json pass_floor(const Cell &cell, const Column &column) const
+	{
+		std::vector<Floor> floors;
+		std::deque<Buffer> buffers;
+		for (unsigned i = 0; i < cell.threads; ++i) {
+			floors.emplace_back(column.extents.at(i % column.extents.size()),
+					    column.device, cell.bytes);
+			buffers.emplace_back(floors.back().largest() + Floor::page, true);
+		}
+		const auto time = timed(cell.threads, [&](unsigned i) {
+			floors[i].decode(buffers[i].part(0, floors[i].largest() + Floor::page),
+					 [](size_t, Bytes) {});
+		});
+		return {{"seconds", seconds(time)}};
+	}
+
+	Json pass_file(const Cell &cell, const Column &column) const
+	{
+		const Mount mount(column.device, mount_, {}, column.filesystem);
+		std::deque<Source> sources;
+		std::deque<Buffer> buffers;
+		std::vector<Work> works;
+		for (unsigned i = 0; i < cell.threads; ++i) {
+			sources.emplace_back(mount_ / column.files.at(i % column.files.size()),
+					     column.mode);
+			buffers.emplace_back(cell.request * std::max(1u, cell.depth), column.huge);
+			works.push_back({offsets(cell, i), {}});
+			works.back().latencies.reserve(works.back().offsets.size());
+		}
+		const auto sectors = sectors_read(column.device);
+		const auto time = timed(cell.threads, [&](unsigned i) {
+			if (count_)
+				read_uncounted(sources[i], buffers[i], cell.request, works[i]);
+			else if (cell.depth)
+				read_queued(sources[i], buffers[i], cell.request, cell.depth,
+					    works[i]);
+			else
+				read_in_turn(sources[i], buffers[i], cell.request, works[i]);
+		});
+		Json row = quantiles(all_latencies(works));
+		size_t pages = 0;
+		for (const auto &source : sources)
+			pages += cached_pages(source.fd());
+		row.update({{"seconds", seconds(time)},
+			    {"pages", pages},
+			    {"uncached", sources[0].uncached()},
+			    {"device_bytes", (sectors_read(column.device) - sectors) * 512}});
+		return row;
+	}
+
+	static std::vector<Clock::duration> all_latencies(const std::vector<Work> &works)
+	{
+		std::vector<Clock::duration> all;
+		for (const auto &work : works)
+			all.insert(all.end(), work.latencies.begin(), work.latencies.end());
+		return all;
+	}
+
+	static std::vector<size_t> offsets(const Cell &cell, unsigned thread)
+	{
+		const size_t requests = cell.bytes / cell.request;
+		std::vector<size_t> all(requests);
+		std::mt19937_64 random(thread);
+		std::uniform_int_distribution<size_t> any(0, requests - 1);
+		for (size_t i = 0; i < requests; ++i)
+			all[i] = (cell.random ? any(random) : i) * cell.request;
+		return all;
+	}
+
+	// One thread is the caller itself, so that nothing but its work is counted.
+	template <typename Do> static Clock::duration timed(unsigned threads, Do work)
+	{
+		if (threads == 1) {
+			const auto start = Clock::now();
+			mark<1>();
+			work(0);
+			mark<2>();
+			return Clock::now() - start;
+		}
+		std::barrier ready(threads + 1);
+		std::vector<std::exception_ptr> errors(threads);
+		std::vector<std::jthread> running;
+		for (unsigned i = 0; i < threads; ++i)
+			running.emplace_back([&, i] {
+				ready.arrive_and_wait();
+				try {
+					work(i);
+				} catch (...) {
+					errors[i] = std::current_exception();
+				}
+			});
+		ready.arrive_and_wait();
+		const auto start = Clock::now();
+		running.clear();
+		const auto time = Clock::now() - start;
+		for (const auto &error : errors)
+			if (error)
+				std::rethrow_exception(error);
+		return time;
+	}
+
+	fs::path mount_;
+	bool count_;
+	std::map<std::string, bool> verified_;
+	std::map<std::string, std::string> hashes_;
+};
+
+} // namespace
+
+int main(int argc, char **argv)
+{
+	CLI::App app{"Measures ways to read the files of an EROFS image"};
+	std::string plan, mount;
+	unsigned rounds = 5;
+	bool count = false;
+	app.add_option("--plan", plan, "JSON list of cells")->required();
+	app.add_option("--mount", mount, "where to mount images, again for each pass")->required();
+	app.add_option("--rounds", rounds, "passes of each column");
+	app.add_flag("--count", count, "for an emulator that counts: report the first pass, too");
+	CLI11_PARSE(app, argc, argv);
+	try {
+		std::ifstream in(plan);
+		Bench bench(mount, count);
+		for (const Cell &cell : Json::parse(in).get<std::vector<Cell>>())
+			bench.run(cell, rounds);
+		return 0;
+	} catch (const std::exception &error) {
+		report({{"error", error.what()}});
+		return 1;
+	}
+}
