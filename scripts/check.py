@@ -21,7 +21,7 @@ from kernel import Kernel, kernel
 from programs import programs
 from ui import JOBS, REPO, Failure, main, say, step
 
-TIMEOUT = {"uml": 300, "qemu": 900, "uml-san": 1800, "qemu-san": 3600}
+TIMEOUT = {"uml": 900, "qemu": 1800, "uml-san": 1800, "qemu-san": 3600}
 MEMORY = 2 << 30  # that a guest may come to need, QEMU's own included
 BOTH = ("qemu", "uml")
 ON_QEMU = ("lz4hc-64k", "zstd-64k", "fragments")

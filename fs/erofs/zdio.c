@@ -42,19 +42,38 @@
 
 /* What is kept for a sequential reader behind its last request */
 #define Z_EROFS_DIO_KEEP		SZ_1M
+/* .. how much of compressed data is read ahead for the next one */
+#define Z_EROFS_DIO_AHEAD		SZ_128K
 /* .. and this part of all memory for all of them */
 #define Z_EROFS_DIO_MAX_KEPT		256
 
 /*
- * Decoded bytes behind the last request of a file.  @busy belongs to a request,
- * the rest of them do without; it is only ever tried, never waited for.
+ * Compressed data which a sequential reader is likely to need: the blocks that
+ * follow those of its last request on the device.  They are looked at only if
+ * an extent turns out to be there.
+ */
+struct z_erofs_dio_ahead {
+	struct erofs_device_info *dif;
+	erofs_off_t pa;			/* of the first page, within @dif */
+	unsigned int nr, nr_read;	/* pages; those behind are being read */
+	blk_status_t status;
+	struct completion done;
+	struct page *pages[Z_EROFS_DIO_AHEAD / PAGE_SIZE];
+};
+
+/*
+ * What is known of the last request of a file, and decoded bytes behind it.
+ * @busy belongs to a request, the rest of them do without; it is only ever
+ * tried, never waited for.
  */
 struct z_erofs_dio_keep {
 	unsigned long busy;
 	struct list_head lru;
+	unsigned int nr;		/* pages that are accounted for */
 	loff_t next;			/* where a sequential reader goes on */
 	loff_t pos, end;		/* the first page has the byte at @pos */
 	struct page *pages[Z_EROFS_DIO_KEEP / PAGE_SIZE + 1];
+	struct z_erofs_dio_ahead ahead;
 };
 
 static LIST_HEAD(z_erofs_dio_kept);
@@ -102,6 +121,7 @@ struct z_erofs_dio_extent {
 	bool partial : 1;
 	bool plain : 1;			/* the device fills the destination */
 	bool keep : 1;			/* what goes beyond the window */
+	bool ahead : 1;			/* has been read ahead */
 };
 
 /* A request; gone before the last bio of it is completed */
@@ -111,6 +131,7 @@ struct z_erofs_dio_req {
 	bool sequential;
 	bool async;
 	loff_t end;
+	unsigned int ahead;		/* pages to be read behind it */
 	refcount_t ref;			/* one per window and the submitter's */
 
 	spinlock_t lock;		/* of the two below, if asynchronous */
@@ -352,51 +373,62 @@ static struct page *z_erofs_dio_kept_page(struct z_erofs_dio_keep *k,
 	return k->pages[(pos >> PAGE_SHIFT) - (k->pos >> PAGE_SHIFT)];
 }
 
-/* Nothing is kept any more; the pages are the caller's */
-static unsigned int z_erofs_dio_forget(struct z_erofs_dio_keep *k)
-{
-	unsigned int nr = z_erofs_dio_nr_pages(k);
-
-	lockdep_assert_held(&z_erofs_dio_kept_lock);
-	k->pos = 0;
-	k->end = 0;
-	list_del_init(&k->lru);
-	z_erofs_dio_nr_kept -= nr;
-	return nr;
-}
-
+/* Nothing is kept any more */
 static void z_erofs_dio_drop(struct z_erofs_dio_keep *k)
 {
-	unsigned int nr;
-
-	spin_lock(&z_erofs_dio_kept_lock);
-	nr = z_erofs_dio_forget(k);
-	spin_unlock(&z_erofs_dio_kept_lock);
-	release_pages(k->pages, nr);
+	release_pages(k->pages, z_erofs_dio_nr_pages(k));
+	k->pos = 0;
+	k->end = 0;
 }
 
-/*
- * Take over pages which have been decoded behind the end of a request, unless
- * too many are kept already.
- */
+/* The first @nr pages of what has been read ahead aren't needed any more */
+static void z_erofs_dio_drop_ahead(struct z_erofs_dio_ahead *a, unsigned int nr)
+{
+	release_pages(a->pages, nr);
+	a->nr -= nr;
+	a->nr_read = a->nr;
+	a->pa += (erofs_off_t)nr << PAGE_SHIFT;
+	memmove(a->pages, a->pages + nr, a->nr * sizeof(*a->pages));
+}
+
+/* Nothing is being read ahead: all of it can be used, or nothing if it failed */
+static void z_erofs_dio_ahead_read(struct z_erofs_dio_ahead *a)
+{
+	a->nr_read = a->nr;
+	if (a->status)
+		z_erofs_dio_drop_ahead(a, a->nr);
+}
+
+/* @nr pages are held from now on; called by the owner of @k */
+static void z_erofs_dio_account(struct z_erofs_dio_keep *k, unsigned int nr)
+{
+	lockdep_assert_held(&z_erofs_dio_kept_lock);
+	z_erofs_dio_nr_kept -= k->nr;
+	z_erofs_dio_nr_kept += nr;
+	k->nr = nr;
+	if (nr)
+		list_move_tail(&k->lru, &z_erofs_dio_kept);
+	else
+		list_del_init(&k->lru);
+}
+
+static bool z_erofs_dio_too_many(void)
+{
+	return READ_ONCE(z_erofs_dio_nr_kept) >=
+		totalram_pages() / Z_EROFS_DIO_MAX_KEPT;
+}
+
+/* Take over pages which have been decoded behind the end of a request */
 static bool z_erofs_dio_keep_pages(struct z_erofs_dio_keep *k, loff_t pos,
 				   loff_t end, struct page **pages)
 {
-	bool room;
-
 	z_erofs_dio_drop(k);
-	spin_lock(&z_erofs_dio_kept_lock);
-	room = z_erofs_dio_nr_kept < totalram_pages() / Z_EROFS_DIO_MAX_KEPT;
-	if (room) {
-		k->pos = pos;
-		k->end = end;
-		memcpy(k->pages, pages,
-		       z_erofs_dio_nr_pages(k) * sizeof(*pages));
-		list_add_tail(&k->lru, &z_erofs_dio_kept);
-		z_erofs_dio_nr_kept += z_erofs_dio_nr_pages(k);
-	}
-	spin_unlock(&z_erofs_dio_kept_lock);
-	return room;
+	if (z_erofs_dio_too_many())
+		return false;
+	k->pos = pos;
+	k->end = end;
+	memcpy(k->pages, pages, z_erofs_dio_nr_pages(k) * sizeof(*pages));
+	return true;
 }
 
 static unsigned long z_erofs_dio_shrink_count(struct shrinker *shrink,
@@ -410,15 +442,18 @@ static unsigned long z_erofs_dio_shrink_scan(struct shrinker *shrink,
 {
 	struct z_erofs_dio_keep *k, *n;
 	unsigned long freed = 0;
-	unsigned int nr;
 
 	spin_lock(&z_erofs_dio_kept_lock);
 	list_for_each_entry_safe(k, n, &z_erofs_dio_kept, lru) {
-		if (test_and_set_bit_lock(0, &k->busy))
+		if (!completion_done(&k->ahead.done) ||
+		    test_and_set_bit_lock(0, &k->busy))
 			continue;
-		nr = z_erofs_dio_forget(k);
-		release_pages(k->pages, nr);
-		freed += nr;
+		if (completion_done(&k->ahead.done)) {
+			freed += k->nr;
+			z_erofs_dio_drop(k);
+			z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
+			z_erofs_dio_account(k, 0);
+		}
 		clear_bit_unlock(0, &k->busy);
 		if (freed >= sc->nr_to_scan)
 			break;
@@ -718,6 +753,103 @@ static bool z_erofs_dio_alloc_run(struct page **in, unsigned int nr)
 	return addr;
 }
 
+static void z_erofs_dio_ahead_endio(struct bio *bio)
+{
+	struct z_erofs_dio_ahead *a = bio->bi_private;
+
+	a->status = bio->bi_status;
+	bio_put(bio);
+	complete_all(&a->done);
+}
+
+/*
+ * Read on behind @e, the last extent of a request, unless enough of it has been
+ * read already.  It is nothing but a guess, so it must not cost any effort.
+ */
+static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
+				   struct z_erofs_dio_extent *e)
+{
+	struct z_erofs_dio_ahead *a = &w->req->keep->ahead;
+	struct super_block *sb = w->inode->i_sb;
+	struct erofs_map_dev mdev = { .m_pa = e->pa };
+	gfp_t gfp = (GFP_KERNEL & ~__GFP_RECLAIM) | __GFP_NOWARN;
+	erofs_off_t pa, end;
+	struct page *page;
+	struct bio *bio;
+
+	if (!completion_done(&a->done))
+		return;
+	z_erofs_dio_ahead_read(a);
+	(void)erofs_map_dev(sb, &mdev);
+	pa = round_up(mdev.m_pa + e->plen, i_blocksize(w->inode));
+	if (a->dif == mdev.m_dif && pa > a->pa && !((pa - a->pa) & ~PAGE_MASK) &&
+	    pa - a->pa < (erofs_off_t)a->nr << PAGE_SHIFT) {
+		z_erofs_dio_drop_ahead(a, (pa - a->pa) >> PAGE_SHIFT);
+	} else {
+		z_erofs_dio_drop_ahead(a, a->nr);
+		a->dif = mdev.m_dif;
+		a->pa = pa;
+	}
+	end = bdev_nr_bytes(mdev.m_bdev);
+	pa = a->pa + mdev.m_dif->fsoff + ((erofs_off_t)a->nr << PAGE_SHIFT);
+	if (a->nr > w->req->ahead / 2 || pa >= end || z_erofs_dio_too_many())
+		return;
+
+	bio = bio_alloc(mdev.m_bdev, w->req->ahead - a->nr,
+			REQ_OP_READ | REQ_RAHEAD, gfp);
+	if (!bio)
+		return;
+	bio->bi_iter.bi_sector = pa >> SECTOR_SHIFT;
+	bio->bi_ioprio = bio_list_peek(&w->bios)->bi_ioprio;
+	bio->bi_private = a;
+	bio->bi_end_io = z_erofs_dio_ahead_endio;
+	for (; a->nr < w->req->ahead && pa + PAGE_SIZE <= end; pa += PAGE_SIZE) {
+		page = alloc_page(gfp);
+		if (!page)
+			break;
+		a->pages[a->nr++] = page;
+		__bio_add_page(bio, page, PAGE_SIZE, 0);
+	}
+	if (!bio->bi_vcnt) {
+		bio_put(bio);
+		return;
+	}
+	reinit_completion(&a->done);
+	submit_bio(bio);
+}
+
+/* The compressed pages of an extent, if all of them have been read ahead */
+static bool z_erofs_dio_take_ahead(struct z_erofs_dio_window *w,
+				   struct z_erofs_dio_extent *e)
+{
+	struct erofs_map_dev mdev = { .m_pa = e->pa };
+	struct z_erofs_dio_ahead *a;
+	struct page **in = w->in + e->in;
+	unsigned int nr, i;
+	erofs_off_t pa;
+
+	if (!w->req->keep || !w->req->keep->ahead.nr || !e->inpages ||
+	    (e->flags & EROFS_MAP_META))
+		return false;
+	a = &w->req->keep->ahead;
+	(void)erofs_map_dev(w->inode->i_sb, &mdev);
+	pa = round_down(mdev.m_pa, i_blocksize(w->inode));
+	if (a->dif != mdev.m_dif || pa < a->pa || ((pa - a->pa) & ~PAGE_MASK))
+		return false;
+	nr = (pa - a->pa) >> PAGE_SHIFT;
+	if (nr + e->inpages > a->nr_read) {
+		wait_for_completion_io(&a->done);
+		z_erofs_dio_ahead_read(a);
+	}
+	if (nr + e->inpages > a->nr)
+		return false;
+	for (i = 0; i < e->inpages; ++i) {
+		in[i] = a->pages[nr + i];
+		get_page(in[i]);
+	}
+	return true;
+}
+
 static int z_erofs_dio_alloc_in(struct z_erofs_dio_window *w)
 {
 	unsigned int nr, i, j;
@@ -734,7 +866,9 @@ static int z_erofs_dio_alloc_in(struct z_erofs_dio_window *w)
 	}
 	for (i = 0; i < w->nr_ext; ++i) {
 		nr = w->ext[i].inpages;
-		if (z_erofs_dio_alloc_run(w->in + w->ext[i].in, nr))
+		w->ext[i].ahead = z_erofs_dio_take_ahead(w, &w->ext[i]);
+		if (w->ext[i].ahead ||
+		    z_erofs_dio_alloc_run(w->in + w->ext[i].in, nr))
 			continue;
 		for (j = w->ext[i].in; nr--; ++j) {
 			w->in[j] = __erofs_allocpage(&w->pagepool, GFP_KERNEL,
@@ -750,8 +884,16 @@ static int z_erofs_dio_alloc_in(struct z_erofs_dio_window *w)
 
 static void z_erofs_dio_free_in(struct z_erofs_dio_window *w)
 {
-	while (w->nr_in)
-		erofs_pagepool_add(&w->pagepool, w->in[--w->nr_in]);
+	struct page *page;
+
+	while (w->nr_in) {
+		page = w->in[--w->nr_in];
+		/* the next extent may begin in what has been read ahead of it */
+		if (page_count(page) > 1)
+			put_page(page);
+		else
+			erofs_pagepool_add(&w->pagepool, page);
+	}
 }
 
 /* Submit reads of all compressed data */
@@ -775,9 +917,13 @@ static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 
 	for (i = w->nr_ext; i--;)
 		if ((w->ext[i].flags & (EROFS_MAP_MAPPED | EROFS_MAP_META)) ==
-		    EROFS_MAP_MAPPED)
+		    EROFS_MAP_MAPPED && !w->ext[i].ahead)
 			z_erofs_dio_read(w, &w->ext[i]);
 	z_erofs_dio_submit(w);
+	if (w->req->ahead && w->nr_ext && w->ext->inpages &&
+	    !(w->ext->flags & EROFS_MAP_META) &&
+	    w->ext->la + w->ext->len >= w->req->end)
+		z_erofs_dio_read_ahead(w, w->ext);
 	return 0;
 }
 
@@ -1443,6 +1589,8 @@ static struct z_erofs_dio_keep *z_erofs_dio_get_keep(struct kiocb *iocb)
 		if (!k)
 			return NULL;
 		INIT_LIST_HEAD(&k->lru);
+		init_completion(&k->ahead.done);
+		complete_all(&k->ahead.done);
 		old = cmpxchg(&file->private_data, NULL, k);
 		if (old) {
 			kfree(k);
@@ -1454,11 +1602,19 @@ static struct z_erofs_dio_keep *z_erofs_dio_get_keep(struct kiocb *iocb)
 
 static void z_erofs_dio_put_keep(struct z_erofs_dio_keep *k, struct kiocb *iocb)
 {
+	unsigned int nr;
+
 	if (!k)
 		return;
 	k->next = iocb->ki_pos;
-	if (k->end && k->next >= k->end)
+	if (k->next >= k->end)
 		z_erofs_dio_drop(k);
+	nr = z_erofs_dio_nr_pages(k) + k->ahead.nr;
+	if (nr != k->nr) {
+		spin_lock(&z_erofs_dio_kept_lock);
+		z_erofs_dio_account(k, nr);
+		spin_unlock(&z_erofs_dio_kept_lock);
+	}
 	clear_bit_unlock(0, &k->busy);
 }
 
@@ -1474,8 +1630,14 @@ int z_erofs_dio_release(struct inode *inode, struct file *file)
 {
 	struct z_erofs_dio_keep *k = file->private_data;
 
-	if (k)
-		z_erofs_dio_drop(k);
+	if (!k)
+		return 0;
+	spin_lock(&z_erofs_dio_kept_lock);
+	z_erofs_dio_account(k, 0);
+	spin_unlock(&z_erofs_dio_kept_lock);
+	z_erofs_dio_drop(k);
+	wait_for_completion_io(&k->ahead.done);
+	z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
 	kfree(k);
 	return 0;
 }
@@ -1514,6 +1676,7 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 	size_t count = iov_iter_count(to);
 	struct z_erofs_dio_req *rq;
 	unsigned int bs;
+	loff_t end;
 	ssize_t ret;
 
 	rq = kmalloc_obj(*rq);
@@ -1526,18 +1689,22 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 	bs = bdev_logical_block_size(erofs_dio_bdev(inode));
 	iov_iter_truncate(to, round_up(i_size_read(inode), bs) - iocb->ki_pos);
 	count -= iov_iter_count(to);
+	end = min_t(loff_t, i_size_read(inode),
+		    iocb->ki_pos + iov_iter_count(to));
 	*rq = (struct z_erofs_dio_req) {
 		.file = erofs_cache_file(iocb->ki_filp),
 		.keep = k,
 		.sequential = k && k->next == iocb->ki_pos,
-		.end = min_t(loff_t, i_size_read(inode),
-			     iocb->ki_pos + iov_iter_count(to)),
+		.end = end,
 		.async = !is_sync_kiocb(iocb) &&
 			 iov_iter_count(to) <= Z_EROFS_DIO_MAX_ASYNC,
 		.ref = REFCOUNT_INIT(1),
 		.windows = LIST_HEAD_INIT(rq->windows),
 	};
 	spin_lock_init(&rq->lock);
+	if (rq->sequential && iocb->ki_pos && !erofs_is_fileio_mode(EROFS_I_SB(inode)))
+		rq->ahead = min_t(loff_t, i_size_read(inode) - end,
+				  Z_EROFS_DIO_AHEAD) >> PAGE_SHIFT;
 	ret = iomap_dio_rw(iocb, to, &z_erofs_dio_iomap_ops, &z_erofs_dio_ops,
 			   rq->async ? 0 : IOMAP_DIO_FORCE_WAIT, rq, 0);
 	z_erofs_dio_put_req(rq);
