@@ -251,7 +251,7 @@ def timed_cells(image: Image, on: str, memory: str, full: bool) -> Iterator[dict
 def timed_columns(image: Image, cell: dict[str, Any], device: str,
                   lists: dict[str, tuple[Path, str]]) -> list[dict[str, Any]]:
     files = [f"data{i}" for i in range(cell["threads"])]
-    if cell["memory"] == "low" and cell["threads"] == 1:
+    if cell["pattern"] == "random" or cell["memory"] == "low" and cell["threads"] == 1:
         files = ["large"]
     if cell["data"] == "incompressible":
         files = ["noise"]
@@ -276,7 +276,7 @@ def work_of(cell: dict[str, Any]) -> int:
     if cell["memory"] == "low":
         return LARGE if cell["threads"] == 1 else FILE
     if cell["pattern"] == "random":
-        return max(cell["request"], min(PART, 1024 * cell["request"]))
+        return max(cell["request"], min(PART, 256 * cell["request"]))
     return PART
 
 

@@ -626,7 +626,7 @@ private:
 			sources.emplace_back(mount_ / column.files.at(i % column.files.size()),
 					     column.mode);
 			buffers.emplace_back(cell.request * std::max(1u, cell.depth), column.huge);
-			works.push_back({offsets(cell, i), {}});
+			works.push_back({offsets(cell, i, file_size(sources[i].fd())), {}});
 			works.back().latencies.reserve(works.back().offsets.size());
 		}
 		const auto sectors = sectors_read(column.device);
@@ -658,12 +658,14 @@ private:
 		return all;
 	}
 
-	static std::vector<size_t> offsets(const Cell &cell, unsigned thread)
+	// Random ones are anywhere in the file: if they were dense, buffered reads would find most
+	// of what they need decoded by others.
+	static std::vector<size_t> offsets(const Cell &cell, unsigned thread, size_t size)
 	{
 		const size_t requests = cell.bytes / cell.request;
 		std::vector<size_t> all(requests);
 		std::mt19937_64 random(thread);
-		std::uniform_int_distribution<size_t> any(0, requests - 1);
+		std::uniform_int_distribution<size_t> any(0, size / cell.request - 1);
 		for (size_t i = 0; i < requests; ++i)
 			all[i] = (cell.random ? any(random) : i) * cell.request;
 		return all;
