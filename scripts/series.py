@@ -64,6 +64,22 @@ def _insert(row: str, path: Path) -> tuple[str, str, bytes]:
     return found[2], found[3] or "", (REPO / found[1]).read_bytes()
 
 
+def _undo(commit: Commit, name: str, data: bytes) -> bytes:
+    """The file before the commit: what is at its final path is what the last one makes of it."""
+    parts = re.split(r"^(?=diff --git )", commit.diff, flags=re.M)
+    diff = "".join(part for part in parts if part.startswith(f"diff --git a/{name} b/{name}\n"))
+    if not diff:
+        return data
+    with tempfile.TemporaryDirectory() as scratch:
+        (file := Path(scratch) / "file").write_bytes(data)
+        done = subprocess.run(["patch", "--reverse", "--fuzz=0", "--force",
+                               "--no-backup-if-mismatch", str(file)], input=diff,
+                              capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Failure(f"{commit.name}: what it changes in {name} is not there: {done.stdout}")
+        return file.read_bytes()
+
+
 def load(base: str) -> list[Commit]:
     """All commits with the content of their new files: one reading, which no edit can split."""
     commits = []
@@ -78,6 +94,10 @@ def load(base: str) -> list[Commit]:
             raise Failure(f"{path.relative_to(REPO)} needs a Subject and a message")
         commits.append(Commit(f"series/{base}/{path.name}", subject, body,
                               tuple(header.get("Cc", [])), changelog, files, inserts, diff))
+    for later in reversed(range(len(commits))):
+        for commit in commits[:later]:
+            for name in commit.files:
+                commit.files[name] = _undo(commits[later], name, commit.files[name])
     return commits
 
 
