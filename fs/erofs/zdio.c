@@ -97,6 +97,8 @@ struct z_erofs_dio_dest {
 	struct page **pages;
 	struct z_erofs_dio_seg *segs;
 	unsigned int nr_pages, nr_segs, max_segs;
+	unsigned int nr_runs;		/* of physically consecutive pages */
+	void *addr;			/* of the first page if all are mapped */
 };
 
 /*
@@ -150,6 +152,7 @@ struct z_erofs_dio_window {
 	struct list_head link;
 	struct inode *inode;
 	loff_t pos, end;		/* end is exclusive and never behind EOF */
+	loff_t start;			/* in front of here it has been copied */
 	loff_t rest;			/* from here on it has been staged */
 	int err;
 	struct bio_list bios;		/* the destination, in file order */
@@ -194,6 +197,14 @@ static loff_t z_erofs_dio_cut(loff_t pos, loff_t la, loff_t lend,
 	return end > pos ? end : pos + Z_EROFS_DIO_WINDOW;
 }
 
+static void z_erofs_dio_add_page(struct z_erofs_dio_dest *d, struct page *page)
+{
+	if (!d->nr_pages ||
+	    page_to_pfn(page) != page_to_pfn(d->pages[d->nr_pages - 1]) + 1)
+		++d->nr_runs;
+	d->pages[d->nr_pages++] = page;
+}
+
 /* Append a piece of memory that doesn't cross a page boundary */
 static int z_erofs_dio_add(struct z_erofs_dio_dest *d, struct bio_vec *bv,
 			   loff_t pos)
@@ -207,7 +218,7 @@ static int z_erofs_dio_add(struct z_erofs_dio_dest *d, struct bio_vec *bv,
 		    (!bv->bv_offset ||
 		     d->pages[d->nr_pages - 1] == bv->bv_page)) {
 			if (!bv->bv_offset)
-				d->pages[d->nr_pages++] = bv->bv_page;
+				z_erofs_dio_add_page(d, bv->bv_page);
 			seg->len += bv->bv_len;
 			return 0;
 		}
@@ -226,7 +237,7 @@ static int z_erofs_dio_add(struct z_erofs_dio_dest *d, struct bio_vec *bv,
 		.len = bv->bv_len,
 		.base = (d->nr_pages << PAGE_SHIFT) + bv->bv_offset,
 	};
-	d->pages[d->nr_pages++] = bv->bv_page;
+	z_erofs_dio_add_page(d, bv->bv_page);
 	return 0;
 }
 
@@ -462,20 +473,21 @@ static unsigned long z_erofs_dio_shrink_scan(struct shrinker *shrink,
 	return freed ?: SHRINK_STOP;
 }
 
-static bool z_erofs_dio_copy_kept(struct z_erofs_dio_window *w, loff_t pos,
-				  loff_t end)
+/* At once, as the end of the window may replace it before its start is due */
+static void z_erofs_dio_copy_kept(struct z_erofs_dio_window *w)
 {
 	struct z_erofs_dio_keep *k = w->req->keep;
+	loff_t end = k ? min(w->end, k->end) : 0;
 	unsigned int len;
 
-	if (!k || pos < k->pos || end > k->end)
-		return false;
-	for (; pos < end; pos += len) {
-		len = min_t(loff_t, end - pos, PAGE_SIZE - offset_in_page(pos));
-		z_erofs_dio_copy_page(&w->dest, pos,
-				      z_erofs_dio_kept_page(k, pos), len);
+	if (!k || w->pos < k->pos)
+		return;
+	for (; w->start < end; w->start += len) {
+		len = min_t(loff_t, end - w->start,
+			    PAGE_SIZE - offset_in_page(w->start));
+		z_erofs_dio_copy_page(&w->dest, w->start,
+				      z_erofs_dio_kept_page(k, w->start), len);
 	}
-	return true;
 }
 
 /* The page cache never differs, and copying is cheaper than decoding */
@@ -566,7 +578,7 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 	w->nr_ext = 0;
 	w->nr_in = 0;
 	w->nr_plain = 0;
-	while (w->rest > w->pos && w->nr_ext < w->max_ext &&
+	while (w->rest > w->start && w->nr_ext < w->max_ext &&
 	       w->nr_in < Z_EROFS_DIO_MAX_INPAGES) {
 		/* the next request is going to need the rest of the last one */
 		keep = w->req->sequential && w->rest == w->req->end;
@@ -580,9 +592,8 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 			err = -EFSCORRUPTED;
 			break;
 		}
-		from = max_t(loff_t, map.m_la, w->pos);
-		if (z_erofs_dio_copy_kept(w, from, w->rest) ||
-		    z_erofs_dio_copy_cached(w, from, w->rest)) {
+		from = max_t(loff_t, map.m_la, w->start);
+		if (z_erofs_dio_copy_cached(w, from, w->rest)) {
 			w->rest = from;
 			last = NULL;
 			continue;
@@ -934,8 +945,11 @@ static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 static void z_erofs_dio_stage(struct z_erofs_dio_window *w)
 {
 	atomic_set(&w->pending, 1);
-	if (!w->dest.nr_segs)
+	if (!w->dest.nr_segs) {
 		w->err = z_erofs_dio_gather(w);
+		if (!w->err)
+			z_erofs_dio_copy_kept(w);
+	}
 	if (!w->err)
 		w->err = z_erofs_dio_map(w);
 	if (!w->err)
@@ -1069,6 +1083,7 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 	struct super_block *sb = w->inode->i_sb;
 	unsigned int pageofs_in = erofs_blkoff(sb, e->pa), mask = 0;
 	struct z_erofs_dio_layout lo;
+	void *dst = NULL;
 	const char *reason;
 	struct page **out;
 	bool aside;
@@ -1089,11 +1104,14 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 		out = w->dest.pages + lo.page;
 	if (!out)
 		return -ENOMEM;
+	if (!aside && w->dest.addr)
+		dst = w->dest.addr + ((size_t)lo.page << PAGE_SHIFT);
 
 	reason = alg->decompress(&(struct z_erofs_decompress_req) {
 				.sb = sb,
 				.in = w->in + e->in,
 				.out = out,
+				.dst = dst,
 				.inpages = e->inpages,
 				.outpages = lo.nr,
 				.pageofs_in = pageofs_in,
@@ -1159,6 +1177,19 @@ static void z_erofs_dio_help(struct work_struct *work)
 }
 
 /*
+ * LZ4 needs its output in one piece.  Unless most of it is anyway, map it once
+ * rather than by extent; without any memory for that, extents do it on their own.
+ */
+static void z_erofs_dio_map_dest(struct z_erofs_dio_window *w)
+{
+	struct z_erofs_dio_dest *d = &w->dest;
+
+	if (!d->addr && w->nr_ext > 1 && w->ext->alg == Z_EROFS_COMPRESSION_LZ4 &&
+	    d->nr_runs > d->nr_pages / 16 + 1)
+		d->addr = erofs_vm_map_ram(d->pages, d->nr_pages);
+}
+
+/*
  * Share what is staged out to other CPUs.  Those which are too busy to begin
  * until nothing is left are not waited for.
  */
@@ -1168,6 +1199,7 @@ static void z_erofs_dio_fill_all(struct z_erofs_dio_window *w)
 
 	if (w->err)
 		return;
+	z_erofs_dio_map_dest(w);
 	nr = min3(num_online_cpus() - 1, (u32)(w->end - w->pos) / Z_EROFS_DIO_HELP,
 		  w->nr_ext ? w->nr_ext - 1 : 0);
 	nr = min(nr, Z_EROFS_DIO_MAX_HELPERS);
@@ -1238,7 +1270,7 @@ static bool z_erofs_dio_unstage(struct z_erofs_dio_window *w)
 		w->err = blk_status_to_errno(w->status);
 	z_erofs_dio_fill_all(w);
 	z_erofs_dio_free_in(w);
-	if (w->err || w->rest <= w->pos)
+	if (w->err || w->rest <= w->start)
 		return false;
 	erofs_release_pages(&w->pagepool);
 	z_erofs_dio_stage(w);
@@ -1255,6 +1287,8 @@ static void z_erofs_dio_free_window(struct z_erofs_dio_window *w)
 {
 	erofs_release_pages(&w->pagepool);
 	kvfree(w->in);
+	if (w->dest.addr)
+		vm_unmap_ram(w->dest.addr, w->dest.nr_pages);
 	kvfree(w->dest.pages);
 	kfree(w->dest.segs);
 	kvfree(w);
@@ -1410,6 +1444,7 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 	w->req = iter->private;
 	w->inode = inode;
 	w->pos = pos;
+	w->start = pos;
 
 	/* the device is only asked for its limits and never sees these bios */
 	iomap->bdev = bdev;
