@@ -792,8 +792,9 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 		return;
 	z_erofs_dio_ahead_read(a);
 	(void)erofs_map_dev(sb, &mdev);
-	pa = round_up(mdev.m_pa + e->plen, i_blocksize(w->inode));
-	if (a->dif == mdev.m_dif && pa > a->pa && !((pa - a->pa) & ~PAGE_MASK) &&
+	/* extents which aren't aligned share blocks */
+	pa = round_down(mdev.m_pa + e->plen, i_blocksize(w->inode));
+	if (a->dif == mdev.m_dif && pa >= a->pa && !((pa - a->pa) & ~PAGE_MASK) &&
 	    pa - a->pa < (erofs_off_t)a->nr << PAGE_SHIFT) {
 		z_erofs_dio_drop_ahead(a, (pa - a->pa) >> PAGE_SHIFT);
 	} else {
