@@ -11,6 +11,7 @@
 
 #include <CLI/CLI.hpp>
 #include <sys/sendfile.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 
 #include "async.hpp"
@@ -642,6 +643,33 @@ public:
 		return kinds ? Result() : missing;
 	}
 
+	// What one request leaves of an extent serves the next one: nothing is read twice.
+	Result sequential_reads_once()
+	{
+		Volume volume(device_.node(), options_);
+		const auto &big = volume.big;
+		struct stat info;
+		if (::fstat(big.fd, &info))
+			throw Error(big.path.string(), 0, "fstat", errno_text(errno));
+		const auto stored = static_cast<size_t>(info.st_blocks) * 512;
+		for (const size_t step : {kPage, 16 * kPage, 16 * kPage}) {
+			const Mapping memory(step);
+			const auto before = bytes_read(info.st_dev);
+			for (size_t at = 0; at < big.size(); at += step)
+				expect(big.path, at, "bytes",
+				       static_cast<ssize_t>(big.expect(at, step).size()),
+				       ::pread(big.fd, memory.bytes().data(), step,
+					       static_cast<off_t>(at)));
+			// index blocks are read as well, and some behind the file
+			const auto bytes = bytes_read(info.st_dev) - before;
+			if (bytes > stored + stored / 4)
+				throw Error(big.path.string() + " by " + std::to_string(step), 0,
+					    std::to_string(stored) + " bytes of the device",
+					    std::to_string(bytes));
+		}
+		return {};
+	}
+
 	Result many_requests()
 	{
 		Volume volume(device_.node(), options_);
@@ -1046,6 +1074,17 @@ private:
 		return path;
 	}
 
+	static size_t bytes_read(dev_t device)
+	{
+		const auto path = "/sys/dev/block/" + std::to_string(major(device)) + ':' +
+				  std::to_string(minor(device)) + "/stat";
+		std::ifstream in(path);
+		size_t reads = 0, merged = 0, sectors = 0;
+		if (!(in >> reads >> merged >> sectors))
+			throw Error(path, 0, "counts of a device", "none");
+		return sectors * 512;
+	}
+
 	static void page_out(std::span<std::byte> bytes)
 	{
 		if (::madvise(bytes.data(), bytes.size(), MADV_PAGEOUT))
@@ -1092,6 +1131,7 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"shared_page_cache", [&] { return tester.shared_page_cache(); }},
 		{"swapped_memory", [&] { return tester.swapped_memory(); }},
 		{"huge_destinations", [&] { return tester.huge_destinations(); }},
+		{"sequential_reads_once", [&] { return tester.sequential_reads_once(); }},
 		{"many_requests", [&] { return tester.many_requests(); }},
 		{"unmount_after", [&] { return tester.unmount_after(); }},
 	};
