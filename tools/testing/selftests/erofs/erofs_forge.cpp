@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <iostream>
 #include <random>
+#include <set>
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -139,6 +140,98 @@ std::vector<File> boundaries(Layout layout, Algorithm algorithm)
 		{"behind", layout, cut_blocks(kBehind, algorithm)}};
 }
 
+// Plain blocks at the same place in the file and on the device, one per extent.
+Extents blocks(size_t count, size_t block = kBlock)
+{
+	return times(count, {plain(block)});
+}
+
+Extents blocks_on(unsigned device, size_t count)
+{
+	return times(count, {plain(kBlock).on(device)});
+}
+
+// In layouts where extents may lie anywhere.
+Extents blocks_of_records(size_t count, size_t block = kBlock)
+{
+	return times(count, {plain(block).in_block()});
+}
+
+// What the device can read to where it is wanted, beside what it cannot: since it is decoded, since
+// it starts or ends elsewhere in a block, or since the device goes on elsewhere.
+std::vector<File> plain_runs(size_t block)
+{
+	const auto shared_blocks = [&](std::initializer_list<size_t> indexes) {
+		Extents all;
+		for (const auto index : indexes)
+			all.push_back(shared("run", index, block));
+		return all;
+	};
+	std::vector<File> files{
+		{"run", full, blocks(300, block)},
+		{"gaps", full, times(50, {plain(block), plain(block).after(block)})},
+		{"turned", full,
+		 join(shared_blocks({9, 8, 7, 6, 6, 6, 7, 8, 9, 11, 12, 10, 11, 9, 10, 10}),
+		      times(9, {plain(block)}),
+		      shared_blocks({0, 1, 2, 3, 5, 7, 299, 0, 299, 298}))},
+		{"between", full, times(20, join(blocks(3, block), Extents{lz4(3 * block)}))},
+		{"beside", full,
+		 times(20, {plain(block), plain(3 * block - 1), plain(block + 1), plain(block),
+			    plain(block), lz4(2 * block)})},
+		{"large", full,
+		 times(5, {plain(16 * block), plain(2 * block), plain(3 * block), lz4(5 * block)})},
+		{"large-compact", compact,
+		 times(9, {plain(12 * block), plain(2 * block), lz4(5 * block), plain(3 * block)})},
+		// which goes on behind what is used of it, and so does the file: but not there
+		{"parts",
+		 full,
+		 {shared("large", 0, 16 * block), shared("large", 0, 2 * block),
+		  shared("large", 1, 2 * block), shared("large", 0, 15 * block),
+		  shared("large", 2, 2 * block), shared("large", 2, 3 * block),
+		  shared("large", 1, 2 * block), shared("large", 2, 3 * block)}},
+		{"interlaced", full, times(30, join(blocks(3, block), Extents{lz4(3 * block)})),
+		 true}};
+	for (const auto rest :
+	     std::set<size_t>{1, 511, 512, 513, block / 2, block - 512, block - 1}) {
+		if (!rest || rest >= block)
+			continue;
+		const auto suffix = std::to_string(rest);
+		files.push_back(
+			{"end-" + suffix, full, join(blocks(5, block), Extents{plain(rest)})});
+		files.push_back({"end-large-" + suffix, full,
+				 join(blocks(2, block), Extents{plain(3 * block + rest)})});
+	}
+	return files;
+}
+
+// Of any length and at any place, if it is one that starts a block.
+std::vector<File> plain_records(size_t block)
+{
+	std::vector<File> files{
+		{"ext4", ext4, blocks_of_records(100, block)},
+		{"ext8", ext8,
+		 times(30, {plain(block).in_block(), smaller(Algorithm::lz4, block, text),
+			    plain(block).in_block().after(block + 1), plain(block).in_block()})},
+		{"ext16", ext16,
+		 times(10, {plain(block).in_block(), plain(10 * block).in_block(), lz4(2 * block),
+			    plain(block), plain(3 * block).in_block(),
+			    plain(block).in_block().after(1), plain(block + 100).in_block(),
+			    plain(block - 100).in_block(), plain(5 * block).in_block()})},
+		{"ext32", ext32,
+		 times(10, {plain(7 * block).in_block(), plain(block).after(block),
+			    plain(4 * block).in_block(), hole(2 * block),
+			    plain(3 * block).in_block(), zstd(9 * block)})},
+		{"ext16-interlaced", ext16,
+		 times(20, join(blocks(3, block), Extents{lz4(block), plain(block).after(5),
+							  plain(2 * block).after(block)})),
+		 true},
+		{"ext16-end", ext16, {plain(9 * block).in_block(), plain(block + 512).in_block()}},
+		{"ext16-end-odd",
+		 ext16,
+		 {plain(9 * block).in_block(), plain(7 * block + 1).in_block()}}};
+	return files;
+}
+
 Image maximum(const std::string &name, std::pair<unsigned, unsigned> since, Algorithm algorithm)
 {
 	return {.name = "maximum-" + name,
@@ -201,6 +294,17 @@ std::vector<Image> images()
 			   {"ext16", ext16,
 			    times(40, {lz4(1001), plain(4095), plain(100).after(5), plain(1)}),
 			    true}}});
+	for (const unsigned bits : {9u, 10u, 12u}) {
+		const auto block = size_t{1} << bits;
+		auto files = plain_runs(block);
+		std::ranges::move(plain_records(block), std::back_inserter(files));
+		// the biggest one, since hardly any memory is needed for the others
+		files.push_back({"data", full, times(3, {lz4(kMiB + 1)})});
+		all.push_back({.name = "plain-" + std::to_string(block),
+			       .since = {6, 15},
+			       .files = std::move(files),
+			       .block_bits = bits});
+	}
 	all.push_back(
 		{.name = "interlaced",
 		 .since = {6, 15},
@@ -210,6 +314,9 @@ std::vector<Image> images()
 			    full,
 			    {lz4(5555), plain(kMiB), plain(kMiB - 4097), lz4(100000)},
 			    true},
+			   // the last of their blocks comes first on the device
+			   {"aligned", full,
+			    times(5, {plain(65536), plain(4096), plain(8192), lz4(12288)}), true},
 			   {"ext16", ext16,
 			    times(20, {lz4(1001), plain(4097), plain(100).after(5), plain(70000)}),
 			    true}},
@@ -415,12 +522,23 @@ std::vector<Image> images()
 	all.push_back(
 		{.name = "devices",
 		 .since = {5, 16},
-		 .files = {{"spread", full,
+		 .files = {{"begin", full, blocks_on(2, 3)},
+			   {"spread", full,
 			    times(20, {lz4(30000).on(1), lz4(9000), plain(4000).on(2),
 				       lz4(70000).on(2), lz4(5000).on(1)})},
 			   {"first", compact, times(20, {lz4(30000), lz4(9000), plain(4096)})},
 			   {"one", full, times(20, {lz4(99999).on(1), plain(4096).on(1)})},
-			   {"inline", full, {lz4(65536).on(2), lz4(900).inlined()}}},
+			   {"inline", full, {lz4(65536).on(2), lz4(900).inlined()}},
+			   // the next block has the next number, but of another device
+			   {"turns", full,
+			    join(blocks_on(2, 1),
+				 times(50, join(blocks_on(1, 1), blocks_on(2, 1))))},
+			   {"end", full, blocks_on(1, 3)},
+			   {"across",
+			    full,
+			    {shared("end", 0, kBlock), shared("end", 1, kBlock),
+			     shared("end", 2, kBlock), shared("begin", 0, kBlock),
+			     shared("begin", 1, kBlock), shared("begin", 2, kBlock)}}},
 		 .devices = {1 << 20, 0},
 		 .unknown_to_fsck = kDevicesUnknown});
 
@@ -431,7 +549,10 @@ std::vector<Image> images()
 				  times(40, {lz4(30000).on(1), zstd(9000), plain(4000).on(1)})},
 				 {"ext32", ext32,
 				  times(40, {lz4(777).on(1).after(9), lz4(65536), plain(1).on(1)})},
-				 {"near", full, {lz4(100000)}}},
+				 {"near", full, {lz4(100000)}},
+				 {"plain", ext16,
+				  times(9, {plain(kBlock).in_block().on(1),
+					    plain(9 * kBlock).in_block().on(1)})}},
 		       .devices = {(uint64_t{1} << 32) + 12345},
 		       .unknown_to_fsck = kDevicesUnknown});
 

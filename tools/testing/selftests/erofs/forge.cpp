@@ -423,7 +423,8 @@ private:
 			return;
 		check_sizes(node, index, extent.length);
 		// what shares blocks with others cannot be interlaced
-		const bool interlaced = node.file->interlaced && !extent.tail && !extent.gap;
+		const bool interlaced =
+			node.file->interlaced && !extent.tail && !(granular && extent.gap);
 		store_bytes(cluster, interlaced ? interlace(cluster) : cluster.content,
 			    granular && !interlaced, false);
 	}
@@ -471,12 +472,14 @@ private:
 			cluster.plen = data.size();
 			return;
 		}
+		const auto gap = cluster.extent.gap;
 		if (granular)
-			return append_data(cluster, data, 1, cluster.extent.gap);
+			return append_data(cluster, data, cluster.extent.at_block ? block() : 1,
+					   gap);
 		Bytes padded(up(data.size(), block()));
 		const auto front = pad_front ? padded.size() - data.size() : 0;
 		std::ranges::copy(data, padded.begin() + static_cast<ptrdiff_t>(front));
-		append_data(cluster, padded, block(), 0);
+		append_data(cluster, padded, block(), gap);
 	}
 
 	void append_data(Cluster &cluster, View data, size_t alignment, size_t gap)

@@ -44,14 +44,17 @@ struct Extent {
 	size_t from = 0; // shared: which extent of its owner; fragment: where in the packed inode
 
 	bool broken = false; // by an algorithm that nobody knows
+	bool at_block = false;
 
 	// Nobody can look it up (records only).
 	Extent unknown() && { return broken = true, std::move(*this); }
 	// Kept behind the indexes of the inode.
 	Extent inlined() && { return tail = true, std::move(*this); }
 	Extent on(unsigned number) && { return device = number, std::move(*this); }
-	// This many unused bytes in front of the pcluster (byte-granular layouts only).
+	// This many unused bytes in front of the pcluster: whole blocks in layouts of blocks.
 	Extent after(size_t bytes) && { return gap = bytes, std::move(*this); }
+	// At the next start of a block also in layouts where any byte would do.
+	Extent in_block() && { return at_block = true, std::move(*this); }
 	// As much noise among the data as makes the pcluster that long.
 	Extent filling(size_t bytes) && { return encoded = bytes, std::move(*this); }
 };
