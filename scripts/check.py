@@ -260,11 +260,25 @@ def caller_job() -> Job:
                vehicles=BOTH, disks=(image.path,), truth=image.data.truth)
 
 
+def device_job() -> Job:
+    """The second image is tried in a file, the third one has devices of its own."""
+    known = {image.name: image for image, _ in forged_images()}
+    plain, small, spread = (known[name] for name in ("plain-4096", "plain-1024", "devices"))
+    return Job("block-devices", "mke2fs -b 4096 /dev/ram0 16384 > /dev/null && mkdir /tmp/ext2\n"
+               "mount -t ext2 /dev/ram0 /tmp/ext2\n"
+               "cat $DISK_A > /tmp/ext2/plain && cat $DISK_B > /tmp/ext2/small\n"
+               "umount /tmp/ext2\n"
+               "dio_devices --plain $DISK_A --spread $DISK_C --extra $DISK_D $DISK_E "
+               "--scratch /dev/ram0 --mount /mnt --name block-devices || true\n", vehicles=BOTH,
+               disks=(plain.path, small.path, spread.path, *spread.devices), since=(6, 15))
+
+
 def all_jobs(settings: Settings) -> list[Job]:
     """What make check does: add to this list."""
     jobs = [job for name in BOTH for job in image_jobs(settings, name)]
     if not settings.replay:
         jobs.append(caller_job())
+        jobs.append(device_job())
         jobs.append(Job("kunit", vehicles=BOTH,
                         args=("kunit.enable=1", "kunit.filter_glob=erofs*")))
     return jobs

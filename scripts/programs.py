@@ -9,7 +9,8 @@ from kernel import ARCHES, Kernel
 from ui import JOBS, REPO, Failure, digest, entry, output, run, step
 
 SOURCE = REPO / "tools/testing/selftests/erofs"
-NAMES = ("dio_callers", "dio_exercise", "dio_read", "dio_speed", "erofs_forge", "erofs_oracle")
+NAMES = ("dio_callers", "dio_devices", "dio_exercise", "dio_read", "dio_speed", "erofs_forge",
+         "erofs_oracle")
 # libraries that are nothing but headers, the same for all architectures
 HEADERS = ("CLI", "nlohmann")
 

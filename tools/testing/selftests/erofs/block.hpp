@@ -10,8 +10,10 @@
 #include <cstring>
 #include <filesystem>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include <linux/dm-ioctl.h>
 #include <linux/loop.h>
@@ -28,13 +30,24 @@ inline uint64_t device_size(const std::filesystem::path &device)
 	return bytes;
 }
 
-// All of another device, read-only, which can be held up.
+// Sectors of a device from `start` on; reads of those without one fail.
+struct Sectors {
+	uint64_t count;
+	std::optional<uint64_t> start;
+};
+
+// All of another device or parts of it, read-only, which can be held up.
 class Linear
 {
 public:
 	static bool available() { return std::filesystem::exists(kControl); }
 
 	Linear(std::string name, const std::filesystem::path &below)
+	    : Linear(std::move(name), below, {{device_size(below) / 512, 0}})
+	{
+	}
+	Linear(std::string name, const std::filesystem::path &below,
+	       const std::vector<Sectors> &parts)
 	    : name_(std::move(name)), control_(kControl, O_RDWR)
 	{
 		Command create = command(0);
@@ -42,7 +55,7 @@ public:
 		const auto minor = (create.head.dev & 0xff) | ((create.head.dev >> 12) & 0xfff00);
 		node_ = "/dev/dm-" + std::to_string(minor);
 		try {
-			load(below);
+			load(below, parts);
 			resume();
 		} catch (const Error &) {
 			remove();
@@ -69,10 +82,14 @@ public:
 
 private:
 	static constexpr const char *kControl = "/dev/mapper/control";
+	static constexpr size_t kParts = 16;
+	struct Row {
+		dm_target_spec target;
+		std::array<char, 128> parameters;
+	};
 	struct Command {
 		dm_ioctl head;
-		dm_target_spec target;
-		std::array<char, 512> parameters;
+		std::array<Row, kParts> rows;
 	};
 
 	Command command(uint32_t flags) const
@@ -80,7 +97,7 @@ private:
 		Command command{};
 		command.head.version[0] = DM_VERSION_MAJOR;
 		command.head.data_size = sizeof(command);
-		command.head.data_start = offsetof(Command, target);
+		command.head.data_start = offsetof(Command, rows);
 		command.head.flags = flags;
 		name_.copy(command.head.name, sizeof(command.head.name) - 1);
 		return command;
@@ -90,14 +107,21 @@ private:
 		if (::ioctl(control_, code, &command))
 			throw Error("device mapper: " + name_, 0, "success", errno_text(errno));
 	}
-	void load(const std::filesystem::path &below) const
+	void load(const std::filesystem::path &below, const std::vector<Sectors> &parts) const
 	{
 		Command table = command(DM_READONLY_FLAG);
-		table.head.target_count = 1;
-		table.target.length = device_size(below) / 512;
-		std::strcpy(table.target.target_type, "linear");
-		std::snprintf(table.parameters.data(), table.parameters.size(), "%s 0",
-			      below.c_str());
+		uint64_t at = 0;
+		for (const auto &part : parts) {
+			auto &[target, parameters] = table.rows.at(table.head.target_count++);
+			target.sector_start = at;
+			target.length = part.count;
+			target.next = sizeof(Row);
+			at += part.count;
+			std::strcpy(target.target_type, part.start ? "linear" : "error");
+			if (part.start)
+				std::snprintf(parameters.data(), parameters.size(), "%s %ju",
+					      below.c_str(), uintmax_t{*part.start});
+		}
 		send(DM_TABLE_LOAD, table);
 	}
 	void remove() const
@@ -170,7 +194,8 @@ private:
 class Loop
 {
 public:
-	explicit Loop(const std::filesystem::path &file)
+	// Without a size of logical blocks, they are those of the device below.
+	explicit Loop(const std::filesystem::path &file, uint32_t block = 0)
 	    : node_("/dev/loop" +
 		    std::to_string(::ioctl(Fd("/dev/loop-control", O_RDWR), LOOP_CTL_GET_FREE))),
 	      device_(node_, O_RDONLY)
@@ -178,6 +203,7 @@ public:
 		const Fd backing(file, O_RDONLY);
 		loop_config config{};
 		config.fd = static_cast<uint32_t>(static_cast<int>(backing));
+		config.block_size = block;
 		config.info.lo_flags = LO_FLAGS_READ_ONLY | LO_FLAGS_DIRECT_IO;
 		if (::ioctl(device_, LOOP_CONFIGURE, &config))
 			throw Error(file.string(), 0, "a loop device", errno_text(errno));
