@@ -169,12 +169,22 @@ private:
 		read_all(volume, kLarge);
 	}
 
+	// More pieces than a bio has room for, which then would end inside a block.
+	static std::vector<Segment> scattered()
+	{
+		std::vector<Segment> all{{0, kPage}};
+		for (size_t i = 1; i < 200; ++i)
+			all.push_back({3 * i * kPage + kSector, kPage});
+		return all;
+	}
+
 	// Each read is direct.
 	void read_all(const Volume &volume, size_t unit)
 	{
 		const PathTrace trace("path != 0");
 		PathTrace::forget();
-		for (const auto &target : volume.files())
+		for (const auto &target : volume.files()) {
+			check(target, {target.name, 0, scattered()});
 			for (const auto offset :
 			     {size_t{0}, unit, 3 * unit, 7 * unit, target.size() / 2}) {
 				const auto start = offset / unit * unit;
@@ -188,6 +198,7 @@ private:
 					       start,
 					       {{kSector, unit}, {unit + 2 * kPage, 5 * unit}}});
 			}
+		}
 		const auto taken = PathTrace::taken();
 		if (!taken.empty())
 			throw Error(options_.mount, 0, "direct reads only", *taken.begin());

@@ -167,8 +167,13 @@ std::vector<File> plain_runs(size_t block)
 			all.push_back(shared("run", index, block));
 		return all;
 	};
+	// Whichever of them comes from elsewhere, its neighbours follow each other on the device.
+	Extents woven;
+	for (size_t i = 0; i < 60; ++i)
+		std::ranges::move(shared_blocks({20 + i, 220 + i}), std::back_inserter(woven));
 	std::vector<File> files{
 		{"run", full, blocks(300, block)},
+		{"woven", full, std::move(woven)},
 		{"gaps", full, times(50, {plain(block), plain(block).after(block)})},
 		{"turned", full,
 		 join(shared_blocks({9, 8, 7, 6, 6, 6, 7, 8, 9, 11, 12, 10, 11, 9, 10, 10}),
