@@ -17,7 +17,6 @@
 #include <thread>
 
 #include <CLI/CLI.hpp>
-#include <malloc.h>
 #include <sys/sendfile.h>
 #include <sys/uio.h>
 
@@ -25,6 +24,7 @@
 #include "image.hpp"
 #include "io.hpp"
 #include "ktap.hpp"
+#include "leaks.hpp"
 #include "memory.hpp"
 #include "reads.hpp"
 #include "target.hpp"
@@ -847,33 +847,7 @@ public:
 		if (keeps_freed_memory())
 			return "kmemleak looks for leaks";
 		const Choice choice{.without = {kind("private-data"), kind("swapped")}};
-		random("memory_returned", 0.05, threads_, choice);
-		Pins::settled();
-		const auto before = pages_left();
-		const auto count = random("memory_returned", 0.1, threads_, choice);
-		Pins::settled();
-		const auto after = pages_left();
-		// some are in lists of free ones that are not counted
-		// and idle workers of the kernel, many if there are processors for them, keep
-		// stacks
-		const auto most =
-			count / 8 + (std::thread::hardware_concurrency() > 1 ? 4096 : 512);
-		if (after + most < before)
-			throw Error("memory", 0, std::to_string(before) + " free pages as before",
-				    std::to_string(after));
-		return {};
-	}
-
-	Result pins_released()
-	{
-		const auto pins = Pins::settled();
-		if (!pins)
-			return "/proc/vmstat does not count pins";
-		if (!pins->acquired)
-			throw Error("nr_foll_pin_acquired", 0, "pinned pages", "none");
-		if (pins->held())
-			throw Error("nr_foll_pin_released", 0, std::to_string(pins->acquired),
-				    std::to_string(pins->released));
+		expect_no_leak([&] { return random("memory_returned", 0.2, threads_, choice); });
 		return {};
 	}
 
@@ -1042,15 +1016,6 @@ private:
 						if (begin < end && end - begin <= kLongest)
 							all.emplace(begin, end);
 		return all;
-	}
-
-	// What this program itself holds is not lost: the allocator keeps what threads have freed.
-	static size_t pages_left()
-	{
-		::malloc_trim(0);
-		size_t size = 0, resident = 0;
-		std::ifstream("/proc/self/statm") >> size >> resident;
-		return free_pages() + resident;
 	}
 
 	static constexpr size_t kLongest = kArena - 2 * kGuard;
