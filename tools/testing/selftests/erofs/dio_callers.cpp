@@ -61,9 +61,9 @@ class PinBalance
 {
 public:
 	// Somebody is about to write into pinned pages, and will until he is let.
-	void wait_for_pins() const
+	void wait_for_pins(long pages = 1) const
 	{
-		eventually("pages pinned for a read", [this] { return held() > before_; });
+		eventually("pages pinned for reads", [&] { return held() >= before_ + pages; });
 	}
 	void check() const
 	{
@@ -308,6 +308,43 @@ struct Volume {
 	}
 };
 
+// Indexes have to be read before data can be: afterwards they are cached.
+void warm(const Target &target)
+{
+	const Mapping memory(16 * kMiB);
+	expect(target.path, 0, "bytes", 16 * kMiB,
+	       ::pread(target.fd, memory.bytes().data(), 16 * kMiB, 0));
+	expect_bytes(target.path, 0, target.expect(0, 16 * kMiB), memory.bytes());
+}
+
+// Reads whose memory is pinned and whose data does not come until they are resumed.
+class HeldReads
+{
+public:
+	HeldReads(Linear &device, const Options &options, Way way)
+	    : volume_(device.node(), options),
+	      reads_(volume_.big, {{kMiB, kMiB}, {4 * kMiB, 4 * kMiB}}, way)
+	{
+		warm(volume_.big);
+		held_.emplace(device);
+		reads_.submit();
+		pins_.wait_for_pins(5 * kMiB / kPage);
+	}
+
+	std::span<std::byte> memory() { return reads_.memory(); }
+	Reads &resume()
+	{
+		held_->resume();
+		return reads_;
+	}
+
+private:
+	PinBalance pins_;
+	Volume volume_;
+	Reads reads_;
+	std::optional<Suspended> held_; // ends first, or the reads would wait for good
+};
+
 class Tester
 {
 public:
@@ -371,16 +408,10 @@ public:
 		for (const auto way : {Way::aio, Way::uring, Way::fixed}) {
 			if (missing(way))
 				continue;
-			const PinBalance pins;
-			Volume volume(device_.node(), options_);
-			warm(volume.big);
-			Reads reads(volume.big, {{kMiB, kMiB}, {4 * kMiB, 4 * kMiB}}, way);
+			HeldReads held(device_, options_, way);
 			const Pipe written, over;
-			Suspended held(device_);
-			reads.submit();
-			pins.wait_for_pins();
 			Child child([&] {
-				const auto mine = reads.memory();
+				const auto mine = held.memory();
 				std::ranges::fill(mine, std::byte{0x11});
 				written.give();
 				over.take();
@@ -388,8 +419,7 @@ public:
 				return 0;
 			});
 			written.take();
-			held.resume();
-			reads.finish();
+			held.resume().finish();
 			over.give();
 			child.expect_success();
 		}
@@ -402,19 +432,13 @@ public:
 			if (missing(way))
 				continue;
 			const PinBalance pins;
-			Volume volume(device_.node(), options_);
-			warm(volume.big);
-			Reads reads(volume.big, {{kMiB, kMiB}, {4 * kMiB, 4 * kMiB}}, way);
-			Suspended held(device_);
-			reads.submit();
-			pins.wait_for_pins();
-			const auto bytes = reads.memory();
+			HeldReads held(device_, options_, way);
+			const auto bytes = held.memory();
 			if (::mmap(bytes.data(), bytes.size(), PROT_READ | PROT_WRITE,
 				   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != bytes.data())
 				throw Error("mmap", 0, "the same place", errno_text(errno));
 			std::ranges::fill(bytes, std::byte{0x22});
-			held.resume();
-			reads.finish_racing();
+			held.resume().finish_racing();
 			expect_untouched("a mapping put in place of the buffer", bytes,
 					 std::byte{0x22});
 			pins.check();
@@ -678,8 +702,8 @@ public:
 			const PinBalance pins;
 			expect_no_leak([&] {
 				size_t reads = 0;
-				for (const size_t length : {16 * kPage, kMiB, 16 * kPage})
-					reads += read_many(volume.big, way, length);
+				for (const size_t pages : {256, 16, 16, 16, 16})
+					reads += read_many(volume.big, way, pages * kPage);
 				pins.check();
 				return reads;
 			});
@@ -773,15 +797,6 @@ private:
 		std::vector<Way> all{Way::aio, Way::uring, Way::worker, Way::fixed};
 		std::erase_if(all, [](Way way) { return missing(way).has_value(); });
 		return all;
-	}
-
-	// Indexes have to be read before data can be: afterwards they are cached.
-	static void warm(const Target &target)
-	{
-		const Mapping memory(16 * kMiB);
-		expect(target.path, 0, "bytes", 16 * kMiB,
-		       ::pread(target.fd, memory.bytes().data(), 16 * kMiB, 0));
-		expect_bytes(target.path, 0, target.expect(0, 16 * kMiB), memory.bytes());
 	}
 
 	static void check_buffered(const Target &target, const Piece &piece)
