@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # Direct reads of compressed EROFS files. `make help` tells what can be made.
 
-export BASE KSRC IMAGE DATA CACHE JOBS SAN SOAK SEED ONLY REPLAY FULL
+export BASE KSRC IMAGE DATA CACHE JOBS SAN SOAK READS SEED ONLY REPLAY FULL
 
 # another python first in PATH would not see Debian's modules
 PYTHON := /usr/bin/python3 -B
@@ -22,6 +22,7 @@ help:
 	@echo 'ONLY=GLOB     make check: only the guests of this name (lz4*, qemu.*)'
 	@echo 'SAN=1         make check: on kernels with KASAN, UBSAN, lockdep and kmemleak'
 	@echo 'SOAK=N        make check: N seconds more for what looks for races'
+	@echo 'READS=N       make check: random reads of each image, about (default: 5000)'
 	@echo 'FULL=1        make bench: all cells, which takes hours'
 	@echo 'SEED=N        make check: seed of what is random (default: 1)'
 	@echo 'REPLAY=CALL   make check: only this call, as a failed test printed it'

@@ -46,14 +46,16 @@ class Settings:
     """What the user asked for."""
     san: bool
     soak: int
+    reads: int
     seed: int
     only: str
     replay: str
 
     @staticmethod
     def read() -> "Settings":
-        return Settings(bool(number("SAN", 0)), number("SOAK", 0), number("SEED", 1),
-                        os.environ.get("ONLY") or "*", os.environ.get("REPLAY") or "")
+        return Settings(bool(number("SAN", 0)), number("SOAK", 0), number("READS", 5000),
+                        number("SEED", 1), os.environ.get("ONLY") or "*",
+                        os.environ.get("REPLAY") or "")
 
 
 @dataclass(frozen=True)
@@ -216,9 +218,9 @@ def dio_read(settings: Settings, image: Image, options: str) -> str:
 
 def dio_exercise(settings: Settings, image: Image, options: str) -> str:
     """More of everything that dio_read does; what is in the image is the truth."""
-    seconds = f"--seconds {settings.soak} " if settings.soak else ""
+    work = f"--seconds {settings.soak}" if settings.soak else f"--reads {settings.reads}"
     devices = " ".join(f"--device $DISK_{chr(65 + i)}" for i in range(1 + len(image.devices)))
-    return (f"dio_exercise {options} {seconds}--seed {settings.seed} --name {image.name}-exercise "
+    return (f"dio_exercise {options} {work} --seed {settings.seed} --name {image.name}-exercise "
             f"--mount /mnt {devices} || true\n")
 
 
@@ -245,7 +247,8 @@ def image_jobs(settings: Settings, name: str) -> Iterator[Job]:
                   + ("" if settings.replay else SWAP
                      + dio_exercise(settings, image, "--private /tmp/ext2")),
                   vehicles=(name,), disks=(image.path, *image.devices), truth=image.data.truth,
-                  since=since, seconds=2 * settings.soak, skip=image.unmountable)
+                  since=since, seconds=2 * settings.soak + settings.reads // 50,
+                  skip=image.unmountable)
         if name == "uml" and image.name in DAMAGED and not settings.replay:
             yield damage_job(settings, damage(image), since)
 
@@ -350,6 +353,20 @@ def summary(tests: list[Test]) -> str:
     return ", ".join(f"{count} {result}" for result, count in counts(tests).items())
 
 
+def skips(tests: list[Test]) -> Iterator[str]:
+    """A line for each test and reason, or the few that matter would drown in the others."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for test in tests:
+        if test.result == "skipped":
+            vehicle_name, image, *rest = test.name.split(".")
+            groups.setdefault((vehicle_name, ".".join(rest), test.reason), []).append(image)
+    for (vehicle_name, test_name, reason), images in groups.items():
+        more = f" and {len(images) - 2} more" if len(images) > 2 else ""
+        where = test_name or "all tests"
+        yield (f"skipped {len(images)}: {vehicle_name}: {where}: {reason}: "
+               f"{', '.join(images[:2])}{more}")
+
+
 def check() -> None:
     settings = Settings.read()
     tests = all_tests(settings)
@@ -365,8 +382,9 @@ def check() -> None:
          "vehicles": {name: counts(some) for name, some in vehicles.items()}, "tests": rows},
         indent=1) + "\n")
     for test in tests:
-        if test.result != "passed":
-            print(f"{test.result}: {test.name}: {test.reason}")
+        if test.result == "failed":
+            print(f"failed: {test.name}: {test.reason}")
+    print("".join(f"{line}\n" for line in skips(tests)), end="")
     for name, some in vehicles.items():
         print(f"{name}: {summary(some)}")
     print(summary(tests), flush=True)

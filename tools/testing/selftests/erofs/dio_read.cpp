@@ -28,24 +28,16 @@ using Result = std::optional<std::string>;
 namespace
 {
 
-constexpr size_t kArena = 40 * kMiB;
 const fs::path kFaults = "/sys/kernel/debug/fail_page_alloc";
 
 class Tester
 {
 public:
 	Tester(const fs::path &mount, const fs::path &truth, uint64_t seed)
-	    : rng_(seed), arena_(kArena), pattern_(noise(kArena, seed)), judge_(pattern_)
+	    : targets_(open_all(mount, truth)), rng_(seed),
+	      arena_(2 * kGuard + std::max(biggest().size(), 8 * kMiB) + kMiB),
+	      pattern_(noise(arena_.bytes().size(), seed)), judge_(pattern_)
 	{
-		std::vector<std::string> names;
-		for (const auto &entry : fs::recursive_directory_iterator(truth))
-			if (entry.is_regular_file() && !entry.is_symlink())
-				names.push_back(fs::relative(entry.path(), truth));
-		std::ranges::sort(names);
-		for (const auto &name : names)
-			targets_.push_back(open_target(mount, name, slurp(truth / name)));
-		if (targets_.empty())
-			throw Error(truth.string(), 0, "files", "none");
 		refill();
 	}
 
@@ -121,9 +113,11 @@ public:
 						       target.size() + 1,
 						       end - std::min(end, target.block),
 						       end - std::min(end, 5 * target.block)};
+			// far behind the end, one file is as good as any
+			const auto far = &target == &biggest() ? 8 * kMiB : 16 * kPage;
 			for (const auto offset : offsets)
-				for (const size_t length : {target.block, size_t{512}, size_t{1},
-							    3 * target.block, kMiB, 8 * kMiB})
+				for (const size_t length :
+				     {target.block, size_t{512}, size_t{1}, 3 * target.block, far})
 					check(target, {target.name, offset, {{0, length}}});
 		}
 		return {};
@@ -157,9 +151,9 @@ public:
 	Result sequential_reads()
 	{
 		const auto &target = biggest();
-		const auto end = std::min(target.size(), 6 * kMiB);
 		for (const size_t step : {target.block, 5 * target.block, 64 * size_t{1024},
 					  64 * size_t{1024} + target.block, 3 * kMiB}) {
+			const auto end = std::min({target.size(), 6 * kMiB, 400 * step});
 			const Fd fd(target.path, O_RDONLY | O_DIRECT);
 			// a dozen reads, then some that another reader disturbs
 			for (size_t done = 0, count = 0; done < end; ++count) {
@@ -306,9 +300,10 @@ public:
 
 	Result racing_writer()
 	{
+		constexpr int kReads = 12;
 		const auto &target = biggest();
 		const auto length = std::min(kMiB, target.aligned_size());
-		for (size_t offset = 0; offset < std::min(target.size(), 8 * kMiB);
+		for (size_t offset = 0; offset < std::min(target.size(), 4 * kMiB);
 		     offset += kMiB) {
 			{
 				const std::jthread writer([this,
@@ -317,15 +312,15 @@ public:
 					for (size_t i = 0; !stop.stop_requested(); i += 61)
 						bytes[i % length] = static_cast<std::byte>(i);
 				});
-				for (int i = 0; i < 16; ++i)
+				for (int i = 0; i < kReads; ++i)
 					if (::pread(target.fd, aligned(), length,
 						    static_cast<off_t>(offset)) < 0)
 						throw Error(target.path.string(),
 							    static_cast<off_t>(offset), "data",
 							    errno_text(errno));
-				reads_ += 16;
+				reads_ += kReads;
 			}
-			refill();
+			refill(length);
 			check(target, {target.name, offset, {{0, length}}});
 			check_buffered(target, offset, length);
 		}
@@ -353,12 +348,15 @@ public:
 			throw Error("uname", 0, "a release", system.release);
 		if (std::pair(major, minor) < std::pair(6, 14))
 			return "Linux " + std::string(system.release) + " has no drop-behind";
+		constexpr size_t kStep = 128 * 1024;
 		const auto before = reads_;
 		for (const auto &target : targets_) {
 			if (!target.compressed)
 				continue;
-			for (size_t offset = 0; offset < target.size(); offset += 128 * 1024)
-				check(target, {target.name, offset, {{1, 128 * 1024}}});
+			target.uncache();
+			const auto start = target.size() - std::min(target.size(), 4 * kMiB);
+			for (auto offset = start; offset < target.size(); offset += kStep)
+				check_as_it_is(target, {target.name, offset, {{1, kStep}}});
 			expect_value(target, "cached pages after", 0, cached_pages(target.fd));
 		}
 		return reads_ == before ? Result("no file of this image is compressed") : Result();
@@ -421,7 +419,7 @@ public:
 		PathTrace::forget();
 		for (size_t i = 0; i < 30; ++i) {
 			target->uncache();
-			refill();
+			refill(kMiB);
 			std::ofstream(kFaults / "space") << i / 3;
 			std::ofstream(kFaults / "times") << (i % 3 == 2 ? 1000 : i % 3 + 1);
 			std::ofstream(kFaults / "min-order") << (i % 3 == 2);
@@ -452,7 +450,7 @@ public:
 			for (size_t offset = 0; offset < target.size(); offset += kStep) {
 				const auto at = static_cast<off_t>(offset);
 				const auto whole = target.expect(offset, kStep).size();
-				refill();
+				refill(kStep);
 				++reads_;
 				const auto got = ::pread(target.fd, aligned(), kStep, at);
 				const int code = got < 0 ? errno : 0;
@@ -502,8 +500,9 @@ public:
 		return {};
 	}
 
-	void replay(const Call &call)
+	void replay(const std::string &spec)
 	{
+		const auto call = parse_call(spec, arena_.bytes().size());
 		const auto found = std::ranges::find(targets_, call.file, &Target::name);
 		if (found == targets_.end())
 			throw Error("--replay", 0, "a file of the image", call.file);
@@ -515,6 +514,23 @@ public:
 	size_t reads() const { return reads_; }
 
 private:
+	static std::vector<Target> open_all(const fs::path &mount, const fs::path &truth)
+	{
+		std::vector<std::string> names;
+		for (const auto &entry : fs::recursive_directory_iterator(truth))
+			if (entry.is_regular_file() && !entry.is_symlink())
+				names.push_back(fs::relative(entry.path(), truth));
+		if (names.empty())
+			throw Error(truth.string(), 0, "files", "none");
+		std::ranges::sort(names);
+		std::vector<Target> targets;
+		for (const auto &name : names)
+			targets.push_back(open_target(mount, name, slurp(truth / name)));
+		return targets;
+	}
+
+	// Where aligned() points to has been written to, so many bytes.
+	void refill(size_t length) { judge_.refill(arena_.bytes().first(kGuard + length)); }
 	std::byte *aligned() const { return arena_.bytes().data() + kGuard; }
 	size_t pick(size_t below)
 	{
@@ -648,8 +664,7 @@ private:
 				     target.size() - std::min<size_t>(target.size(), 1),
 				     target.size()};
 		for (const size_t cluster : {16384ul, 65536ul, kMiB}) {
-			for (const auto near :
-			     {cluster - block, cluster, cluster + block, cluster + 512})
+			for (const auto near : {cluster - block, cluster + 512})
 				all.insert(near);
 		}
 		std::erase_if(all, [last](size_t offset) { return offset > last; });
@@ -659,15 +674,16 @@ private:
 	static std::set<size_t> lengths(const Target &target, size_t offset)
 	{
 		const auto block = target.block;
-		std::set<size_t> all{512, block, 3 * block, 1000, 65536, 65537, kMiB, kMiB + block};
+		std::set<size_t> all{512, block, 3 * block, 1000, 65536, kMiB + block};
 		const auto rest = target.aligned_size() - std::min(target.aligned_size(), offset);
-		std::erase_if(all, [rest](size_t length) { return length > rest + kMiB; });
+		std::erase_if(all, [rest](size_t length) { return length > rest + 65536; });
 		// The largest ones at a few places only: they cost as much as all others together.
-		if (offset <= block || offset == 1152) {
+		if ((!offset || offset == 1152) && target.size() > kMiB)
 			all.insert(8 * kMiB);
-			all.insert(target.aligned_size() + block);
+		if (!offset)
 			all.insert(target.size());
-		}
+		if (offset == block)
+			all.insert(target.aligned_size());
 		return all;
 	}
 
@@ -776,9 +792,8 @@ int main(int argc, char **argv)
 		Tester tester(mount, truth, seed);
 		if (spec.empty())
 			return run_all(tester, name, seed, directory, damaged) ? 0 : 1;
-		const auto call = parse_call(spec, kArena);
 		const ktap::Case replay{"replay", [&] {
-						tester.replay(call);
+						tester.replay(spec);
 						return Result();
 					}};
 		return ktap::run(name, {replay}) ? 0 : 1;

@@ -143,24 +143,31 @@ public:
 					const Call &call, ssize_t answer)
 	{
 		const auto [begin, end] = zone(call);
-		const auto pattern = pattern_.first(end).subspan(begin);
-		const auto got = memory.first(end).subspan(begin);
-		const auto want = want_.first(end).subspan(begin);
-		std::optional<Error> wrong;
 		const auto data = target.expect(call.offset, call.length());
-		if (answer != static_cast<ssize_t>(data.size())) {
-			if (answer != -EINVAL || target.compressed || !misaligned(target, call))
-				wrong = Error(target.path.string(), static_cast<off_t>(call.offset),
-					      std::to_string(data.size()) + " bytes",
-					      answer < 0 ? errno_text(static_cast<int>(-answer))
-							 : std::to_string(answer));
-		} else {
-			std::ranges::copy(pattern, want.begin());
+		std::optional<Error> wrong;
+		if (end > ready_) {
+			restore({ready_, end - ready_}, want_);
+			ready_ = end;
+		}
+		if (answer == static_cast<ssize_t>(data.size())) {
+			const auto got = memory.first(end).subspan(begin);
+			const auto want = want_.first(end).subspan(begin);
 			fill_expected(target, call, data, memory);
 			if (std::memcmp(got.data(), want.data(), got.size()))
 				wrong = explain(target, call, begin, got, want);
+			for (const auto &part : written(target, call, data.size()))
+				restore(part, want_);
+		} else if (answer != -EINVAL || target.compressed || !misaligned(target, call)) {
+			wrong = Error(target.path.string(), static_cast<off_t>(call.offset),
+				      std::to_string(data.size()) + " bytes",
+				      answer < 0 ? errno_text(static_cast<int>(-answer))
+						 : std::to_string(answer));
 		}
-		std::ranges::copy(pattern, got.begin());
+		if (wrong || answer < 0)
+			restore({begin, end - begin}, memory);
+		else
+			for (const auto &part : written(target, call, data.size()))
+				restore(part, memory);
 		return wrong;
 	}
 
@@ -173,21 +180,36 @@ public:
 	}
 
 private:
-	// An uncompressed file gets whole blocks from the device: behind its end the last one may
-	// show.
+	// Where bytes may be that are not those of the pattern. An uncompressed file gets whole
+	// blocks from the device: behind its end the last one may show.
+	static std::vector<Segment> written(const Target &target, const Call &call, size_t length)
+	{
+		std::vector<Segment> parts;
+		for (const auto &segment : call.segments) {
+			const auto some = std::min(segment.len, length);
+			parts.push_back(
+				{kGuard + segment.at, target.compressed ? some : segment.len});
+			length -= some;
+		}
+		return parts;
+	}
+
+	void restore(const Segment &part, std::span<std::byte> bytes) const
+	{
+		std::ranges::copy(pattern_.subspan(part.at, part.len),
+				  bytes.subspan(part.at).begin());
+	}
+
 	void fill_expected(const Target &target, const Call &call, std::span<const std::byte> data,
 			   std::span<const std::byte> memory)
 	{
-		for (const auto &segment : call.segments) {
-			const auto part = data.first(std::min(segment.len, data.size()));
-			const auto start = kGuard + segment.at;
-			const auto place = want_.subspan(start, segment.len);
-			std::ranges::copy(part, place.begin());
-			data = data.subspan(part.size());
-			if (!target.compressed)
-				std::ranges::copy(
-					memory.subspan(start, segment.len).subspan(part.size()),
-					place.subspan(part.size()).begin());
+		for (const auto &part : written(target, call, data.size())) {
+			const auto some = data.first(std::min(part.len, data.size()));
+			const auto place = want_.subspan(part.at, part.len);
+			std::ranges::copy(some, place.begin());
+			std::ranges::copy(memory.subspan(part.at, part.len).subspan(some.size()),
+					  place.subspan(some.size()).begin());
+			data = data.subspan(some.size());
 		}
 	}
 
@@ -213,7 +235,8 @@ private:
 	}
 
 	std::span<const std::byte> pattern_;
-	// most of it is never touched
+	// The pattern, apart from the read that is judged. Most of it is never touched.
 	std::unique_ptr<std::byte[]> space_;
 	std::span<std::byte> want_;
+	size_t ready_ = 0;
 };

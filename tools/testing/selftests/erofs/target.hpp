@@ -35,6 +35,13 @@ struct Target {
 		const auto start = std::min(offset, size());
 		return std::span(truth).subspan(start, std::min(length, size() - start));
 	}
+	// How much a direct read has to decode: an extent from its start on.
+	size_t decoded(size_t offset, size_t length) const
+	{
+		const auto next = std::ranges::upper_bound(starts, offset);
+		const auto start = next == starts.begin() ? offset : *(next - 1);
+		return std::min(offset + length, size()) - std::min(start, size());
+	}
 	size_t aligned_size() const { return (size() + block - 1) / block * block; }
 	// What is in the page cache is copied from there: it is to be decoded, too.
 	void uncache() const { ::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED); }
