@@ -171,9 +171,12 @@ def guest(built: Kernel, job: Job, tools: list[Path], slot: int) -> list[Test]:
     if reason:
         return [Test(f"{built.variant}.{job.name}", "skipped", 0, reason)]
     ktap, start = Ktap(tests, built.variant, job.name), time.monotonic()
+    # a page of vmap() is a mapping of the host, of which a process may have 65530, and is kept
+    # until a worker has time: without lazy freeing a busy guest does not run out of them
+    args = [*job.args, *(["debug_pagealloc=on"] if built.vehicle == "uml" else [])]
     try:
         vehicle.boot(built, programs=tools, script=job.script, disks=list(job.disks),
-                     truth=job.truth, args=list(job.args), slot=slot,
+                     truth=job.truth, args=args, slot=slot,
                      timeout=TIMEOUT[built.variant] + job.seconds,
                      on_line=lambda line, _: ktap.line(line))
     except Failure as failure:
