@@ -69,6 +69,10 @@ public:
 	    : options_(std::move(options)), arena_(kArena), pattern_(noise(kArena, 1)),
 	      judge_(pattern_)
 	{
+		// neighbours should not be such physically, or pieces of memory become one
+		::madvise(arena_.bytes().data(), kArena, MADV_NOHUGEPAGE);
+		for (size_t i = 0; i < kArena / kPage; ++i)
+			arena_.bytes()[i * 37 % (kArena / kPage) * kPage] = std::byte{};
 		judge_.refill(arena_.bytes());
 	}
 

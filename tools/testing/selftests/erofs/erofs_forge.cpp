@@ -381,6 +381,9 @@ std::vector<Image> images()
 			   {"only", full, {lz4(1234).inlined()}},
 			   {"only-plain", compact, {plain(1).inlined()}},
 			   {"over-a-page", full, {lz4(4095 + 8192), zstd(4098).inlined()}},
+			   // at the same place in a block as in the file, but not to be read by a
+			   // device
+			   {"block", full, {lz4(4096), plain(4096).inlined()}},
 			   {"long", full, {lz4(12287), lz4(100000, periodic).inlined()}},
 			   {"extended", full, {lz4(99999), lz4(2999).inlined()}, false, 0, true}}});
 
@@ -574,6 +577,13 @@ std::vector<Image> images()
 					 {"tail",
 					  full,
 					  {lz4(65536), lz4(900).inlined()},
+					  false,
+					  0,
+					  false,
+					  true},
+					 {"tail-block",
+					  full,
+					  {lz4(4096), plain(4096, text).inlined()},
 					  false,
 					  0,
 					  false,
