@@ -292,9 +292,10 @@ def whole(build: Path) -> Iterator[None]:
 
 
 def built_of(commits: list[series.Commit]) -> list[series.Commit]:
-    """The commits without programs of user space, which change when no kernel does."""
+    """The commits without programs of user space and documents: no kernel changes with them."""
     return [replace(commit, files={name: data for name, data in commit.files.items()
-                                   if not name.startswith("tools/")}) for commit in commits]
+                                   if not name.startswith(("tools/", "Documentation/"))})
+            for commit in commits]
 
 
 def keep_decoder(arch: Arch, objects: Path, work: Path) -> None:
