@@ -174,8 +174,9 @@ def _uml(linux: Path, work: Path, disks: list[Path], mem: str, slot: int) -> lis
 
 def _qemu(built: Kernel, work: Path, disks: list[Path], mem: str, cpus: int, vm: list[str],
           append: list[str]) -> list[str]:
-    drives = [f"if=virtio,format=raw,readonly=on,file={str(disk).replace(',', ',,')}"
-              for disk in disks]
+    # nobody writes to them, and other guests may read the same ones
+    drives = ["if=virtio,format=raw,readonly=on,file.locking=off,"
+              f"file={str(disk).replace(',', ',,')}" for disk in disks]
     machine = MACHINES[built.vehicle]
     return [*machine.args, "-accel", f"tcg,thread={'multi' if cpus > 1 else 'single'}",
             "-smp", str(cpus), "-m", mem, "-nodefaults", "-no-user-config", "-display", "none",
