@@ -354,7 +354,6 @@ struct Choice {
 	bool aligned = false;
 	bool forget = false;	       // what is in the page cache, mostly
 	std::set<size_t> without = {}; // kinds
-	size_t decoded = SIZE_MAX;     // by calls in flight together, at most
 };
 
 struct World {
@@ -391,41 +390,28 @@ public:
 
 	Batch draw()
 	{
-		Batch batch;
-		while (batch.calls.empty())
-			batch = any_batch();
-		return batch;
-	}
-
-private:
-	static constexpr size_t kMinimum = 64 * 1024;
-
-	// Empty if its first call would have to decode too much.
-	Batch any_batch()
-	{
 		Batch batch{choice_.api.value_or(any_api()), choice_.kind.value_or(any_kind()), {}};
 		if (choice_.in_turn)
 			batch.api = static_cast<Api>(turn_++ % kApis.size());
 		settle(batch);
 		const auto &api = info(batch.api);
 		const auto size = kMemoryKinds[batch.kind].size;
-		size_t at = 0, decoded = 0;
+		size_t at = 0;
 		for (auto count = 1 + dice_(api.calls); count; --count) {
 			const auto &target = dice_(2) ? world_.biggest() : dice_.of(world_.targets);
 			const auto parts = dice_(2) ? 1 : 1 + dice_(api.parts);
 			const auto used = at + 2 * kGuard + parts * 2 * kPage;
 			if (used + kMinimum > size)
 				break;
-			const auto drawn = call(target, at, parts, size - used);
-			decoded += target.decoded(drawn.offset, drawn.length());
-			if (decoded > choice_.decoded)
-				break;
-			at = (Judge::zone(drawn).second + kPage - 1) / kPage * kPage;
-			batch.calls.push_back(drawn);
+			batch.calls.push_back(call(target, at, parts, size - used));
+			at = (Judge::zone(batch.calls.back()).second + kPage - 1) / kPage * kPage;
 		}
 		refuse(batch);
 		return batch;
 	}
+
+private:
+	static constexpr size_t kMinimum = 64 * 1024;
 
 	Api any_api()
 	{
