@@ -492,12 +492,11 @@ public:
 		const auto step = 16 * target.block;
 		expect_no_leak([&] {
 			constexpr size_t kReads = 1000;
-			std::optional<Fd> fd;
-			for (size_t i = 0, at = 0; i < kReads; ++i, at += step) {
-				// what is kept for a reader has to go with his file
-				if (i % 8 == 0)
-					fd.emplace(target.path, O_RDONLY | O_DIRECT);
-				read_at(target, *fd, at < target.size() ? at : at = 0, step);
+			// what is kept for a reader has to go with his file
+			for (size_t i = 0, at = 0; i < kReads / 8; ++i) {
+				const Fd fd(target.path, O_RDONLY | O_DIRECT);
+				for (size_t j = 0; j < 8; ++j, at += step)
+					read_at(target, fd, at < target.size() ? at : at = 0, step);
 			}
 			return kReads;
 		});
