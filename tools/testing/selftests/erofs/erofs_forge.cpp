@@ -389,7 +389,7 @@ std::vector<Image> images()
 
 	all.push_back(
 		{.name = "fragments",
-		 .since = {6, 10},
+		 .since = {6, 15},
 		 .files = {{"tail", compact, {lz4(65536), fragment(17, 5000)}},
 			   {"tail-full", full, {lz4(70000), plain(3800), fragment(100001, 5000)}},
 			   {"over-a-page", full, {lz4(4096), fragment(4095, 4097)}},
@@ -407,7 +407,7 @@ std::vector<Image> images()
 
 	all.push_back(
 		{.name = "shared",
-		 .since = {6, 10},
+		 .since = {6, 15},
 		 .files = {{"owner",
 			    full,
 			    {zstd(300001), lz4(kMiB).filling(256 * kKiB), plain(4096)}},
