@@ -15,6 +15,7 @@
  */
 #include "compress.h"
 #include <linux/blkdev.h>
+#include <linux/cacheinfo.h>
 #include <linux/memremap.h>
 #include <linux/ratelimit.h>
 #include <linux/sched/signal.h>
@@ -26,8 +27,10 @@
 #define Z_EROFS_DIO_MAX_EXTENTS		236
 /* .. and their compressed pages; the last pcluster may go beyond */
 #define Z_EROFS_DIO_MAX_INPAGES		(SZ_512K / PAGE_SIZE)
-/* Those of an extent are consecutive if there are no more, and such are free */
-#define Z_EROFS_DIO_MAX_RUN		(SZ_128K / PAGE_SIZE)
+/* They come from folios of this size, which are about as cheap as pages */
+#define Z_EROFS_DIO_FOLIO		(1U << PAGE_ALLOC_COSTLY_ORDER)
+/* .. or of up to this one for larger pclusters, if such are free */
+#define Z_EROFS_DIO_MAX_FOLIO		(SZ_128K / PAGE_SIZE)
 /* Windows of a request whose compressed data is read or decoded by now */
 #define Z_EROFS_DIO_STAGED		2
 /* Asynchronous requests are pinned as a whole, thus wait for larger ones */
@@ -72,7 +75,9 @@ struct z_erofs_dio_keep {
 	unsigned int nr;		/* pages that are accounted for */
 	loff_t next;			/* where a sequential reader goes on */
 	loff_t pos, end;		/* the first page has the byte at @pos */
-	struct page *pages[Z_EROFS_DIO_KEEP / PAGE_SIZE + 1];
+	void *addr;			/* where @nr_pages @pages are mapped */
+	struct page **pages;
+	unsigned int nr_pages;
 	struct z_erofs_dio_ahead ahead;
 };
 
@@ -81,7 +86,6 @@ static DEFINE_SPINLOCK(z_erofs_dio_kept_lock);
 static unsigned long z_erofs_dio_nr_kept;
 static struct shrinker *z_erofs_dio_shrinker;
 static struct bio_set z_erofs_dio_bioset;
-static struct workqueue_struct *z_erofs_dio_workqueue;
 
 /*
  * Bytes of the destination which follow each other in memory, apart from page
@@ -111,6 +115,7 @@ struct z_erofs_dio_layout {
 	unsigned int pageofs, nr;
 	unsigned int direct, edirect;
 	unsigned int page;
+	unsigned int kept;		/* pages from here on are kept */
 };
 
 struct z_erofs_dio_extent {
@@ -197,32 +202,11 @@ static loff_t z_erofs_dio_cut(loff_t pos, loff_t la, loff_t lend,
 	return end > pos ? end : pos + Z_EROFS_DIO_WINDOW;
 }
 
-static void z_erofs_dio_add_page(struct z_erofs_dio_dest *d, struct page *page)
-{
-	if (!d->nr_pages ||
-	    page_to_pfn(page) != page_to_pfn(d->pages[d->nr_pages - 1]) + 1)
-		++d->nr_runs;
-	d->pages[d->nr_pages++] = page;
-}
-
-/* Append a piece of memory that doesn't cross a page boundary */
-static int z_erofs_dio_add(struct z_erofs_dio_dest *d, struct bio_vec *bv,
-			   loff_t pos)
+static int z_erofs_dio_new_seg(struct z_erofs_dio_dest *d, loff_t pos,
+			       unsigned int offset)
 {
 	unsigned int nr = d->max_segs;
 	struct z_erofs_dio_seg *seg;
-
-	if (d->nr_segs) {
-		seg = d->segs + d->nr_segs - 1;
-		if (offset_in_page(seg->base + seg->len) == bv->bv_offset &&
-		    (!bv->bv_offset ||
-		     d->pages[d->nr_pages - 1] == bv->bv_page)) {
-			if (!bv->bv_offset)
-				z_erofs_dio_add_page(d, bv->bv_page);
-			seg->len += bv->bv_len;
-			return 0;
-		}
-	}
 
 	if (d->nr_segs == nr) {
 		nr = 2 * nr + 1;
@@ -234,10 +218,36 @@ static int z_erofs_dio_add(struct z_erofs_dio_dest *d, struct bio_vec *bv,
 	}
 	d->segs[d->nr_segs++] = (struct z_erofs_dio_seg) {
 		.pos = pos,
-		.len = bv->bv_len,
-		.base = (d->nr_pages << PAGE_SHIFT) + bv->bv_offset,
+		.base = (d->nr_pages << PAGE_SHIFT) + offset,
 	};
-	z_erofs_dio_add_page(d, bv->bv_page);
+	return 0;
+}
+
+/* Append a piece of memory that is physically consecutive */
+static int z_erofs_dio_add(struct z_erofs_dio_dest *d, const struct bio_vec *bv,
+			   loff_t pos)
+{
+	struct page *last = d->nr_pages ? d->pages[d->nr_pages - 1] : NULL;
+	struct z_erofs_dio_seg *seg = d->segs + d->nr_segs - 1;
+	struct page *page = bv->bv_page;
+	unsigned int nr = DIV_ROUND_UP(bv->bv_offset + bv->bv_len, PAGE_SIZE);
+	int err;
+
+	if (!last || offset_in_page(seg->base + seg->len) != bv->bv_offset ||
+	    (bv->bv_offset && last != page)) {
+		err = z_erofs_dio_new_seg(d, pos, bv->bv_offset);
+		if (err)
+			return err;
+		seg = d->segs + d->nr_segs - 1;
+	} else if (bv->bv_offset) {
+		++page;
+		--nr;
+	}
+	seg->len += bv->bv_len;
+	if (nr && (!last || page_to_pfn(page) != page_to_pfn(last) + 1))
+		++d->nr_runs;
+	for (; nr; --nr)
+		d->pages[d->nr_pages++] = page++;
 	return 0;
 }
 
@@ -263,6 +273,7 @@ static void z_erofs_dio_lay_aside(loff_t la, unsigned int len,
 {
 	*lo = (struct z_erofs_dio_layout) { .pageofs = offset_in_page(la) };
 	lo->nr = PAGE_ALIGN(lo->pageofs + len) >> PAGE_SHIFT;
+	lo->kept = lo->nr;
 }
 
 /*
@@ -286,6 +297,7 @@ static void z_erofs_dio_lay_out(const struct z_erofs_dio_dest *d, loff_t la,
 		return;
 	}
 	lo->nr = PAGE_ALIGN(lo->pageofs + len) >> PAGE_SHIFT;
+	lo->kept = lo->nr;
 	lo->direct = head ? PAGE_ALIGN(lo->pageofs + head) >> PAGE_SHIFT : 0;
 	lo->edirect = lo->nr;
 	if (la + len > seg->pos + seg->len)
@@ -329,10 +341,27 @@ static void z_erofs_dio_copy(const struct z_erofs_dio_dest *d, loff_t pos,
 }
 
 /*
- * Gather the destination.  Decoders write bytes which aren't final, so folios
- * another filesystem keeps private data for (and may write back) are left to
- * the page cache, and so is memory of PCI devices: -ENOTBLK.
+ * Decoders write bytes which aren't final, so folios another filesystem keeps
+ * private data for are left to the page cache, and so is memory of PCI devices.
  */
+static bool z_erofs_dio_is_foreign(const struct bio_vec *bv)
+{
+	unsigned int nr = DIV_ROUND_UP(bv->bv_offset + bv->bv_len, PAGE_SIZE);
+	struct folio *folio;
+	unsigned int i;
+
+	/* those of the kernel may consist of several folios */
+	for (i = 0; i < nr; i += folio_nr_pages(folio) -
+				 folio_page_idx(folio, bv->bv_page + i)) {
+		folio = page_folio(bv->bv_page + i);
+		if (folio_test_private(folio) ||
+		    is_pci_p2pdma_page(bv->bv_page + i))
+			return true;
+	}
+	return false;
+}
+
+/* Gather the destination, or -ENOTBLK if it is not for decoders */
 static int z_erofs_dio_gather(struct z_erofs_dio_window *w)
 {
 	struct z_erofs_dio_dest *d = &w->dest;
@@ -350,9 +379,10 @@ static int z_erofs_dio_gather(struct z_erofs_dio_window *w)
 		return -ENOMEM;
 
 	bio_list_for_each(bio, &w->bios) {
-		bio_for_each_segment(bv, bio, iter) {
-			if (folio_test_private(page_folio(bv.bv_page)) ||
-			    is_pci_p2pdma_page(bv.bv_page))
+		bio_for_each_bvec(bv, bio, iter) {
+			bv.bv_page += bv.bv_offset >> PAGE_SHIFT;
+			bv.bv_offset = offset_in_page(bv.bv_offset);
+			if (z_erofs_dio_is_foreign(&bv))
 				return -ENOTBLK;
 			err = z_erofs_dio_add(d, &bv, pos);
 			if (err)
@@ -364,18 +394,19 @@ static int z_erofs_dio_gather(struct z_erofs_dio_window *w)
 }
 
 static void z_erofs_dio_copy_page(const struct z_erofs_dio_dest *d, loff_t pos,
-				  struct page *page, unsigned int len)
+				  struct page *page, unsigned int ofs,
+				  unsigned int len)
 {
 	void *src = kmap_local_page(page);
 
-	z_erofs_dio_copy(d, pos, src + offset_in_page(pos), len);
+	z_erofs_dio_copy(d, pos, src + ofs, len);
 	kunmap_local(src);
 }
 
-static unsigned int z_erofs_dio_nr_pages(struct z_erofs_dio_keep *k)
+static bool z_erofs_dio_too_many(void)
 {
-	return k->end ? ((k->end - 1) >> PAGE_SHIFT) -
-			(k->pos >> PAGE_SHIFT) + 1 : 0;
+	return READ_ONCE(z_erofs_dio_nr_kept) >=
+		totalram_pages() / Z_EROFS_DIO_MAX_KEPT;
 }
 
 static struct page *z_erofs_dio_kept_page(struct z_erofs_dio_keep *k,
@@ -384,18 +415,49 @@ static struct page *z_erofs_dio_kept_page(struct z_erofs_dio_keep *k,
 	return k->pages[(pos >> PAGE_SHIFT) - (k->pos >> PAGE_SHIFT)];
 }
 
-/* Nothing is kept any more */
-static void z_erofs_dio_drop(struct z_erofs_dio_keep *k)
+/* Nothing is kept any more; returns what is left to be freed by vfree() */
+static void *z_erofs_dio_drop(struct z_erofs_dio_keep *k)
 {
-	release_pages(k->pages, z_erofs_dio_nr_pages(k));
+	void *addr = k->addr;
+
 	k->pos = 0;
 	k->end = 0;
+	k->addr = NULL;
+	k->nr_pages = 0;
+	return addr;
+}
+
+/*
+ * Who uses some pages of a folio that compressed data is read into has one
+ * reference, however many they are.
+ */
+static void z_erofs_dio_get_pages(struct page **pages, unsigned int nr)
+{
+	unsigned int i;
+
+	for (i = 0; i < nr; ++i)
+		if (!i || page_folio(pages[i]) != page_folio(pages[i - 1]))
+			folio_get(page_folio(pages[i]));
+}
+
+static void z_erofs_dio_put_pages(struct page **pages, unsigned int nr)
+{
+	struct folio *folio;
+
+	while (nr) {
+		folio = page_folio(pages[--nr]);
+		if (!nr || page_folio(pages[nr - 1]) != folio)
+			folio_put(folio);
+	}
 }
 
 /* The first @nr pages of what has been read ahead aren't needed any more */
 static void z_erofs_dio_drop_ahead(struct z_erofs_dio_ahead *a, unsigned int nr)
 {
-	release_pages(a->pages, nr);
+	if (nr && nr < a->nr &&
+	    page_folio(a->pages[nr]) == page_folio(a->pages[nr - 1]))
+		folio_get(page_folio(a->pages[nr]));
+	z_erofs_dio_put_pages(a->pages, nr);
 	a->nr -= nr;
 	a->nr_read = a->nr;
 	a->pa += (erofs_off_t)nr << PAGE_SHIFT;
@@ -403,7 +465,7 @@ static void z_erofs_dio_drop_ahead(struct z_erofs_dio_ahead *a, unsigned int nr)
 }
 
 /* Nothing is being read ahead: all of it can be used, or nothing if it failed */
-static void z_erofs_dio_ahead_read(struct z_erofs_dio_ahead *a)
+static void z_erofs_dio_settle_ahead(struct z_erofs_dio_ahead *a)
 {
 	a->nr_read = a->nr;
 	if (a->status)
@@ -423,22 +485,68 @@ static void z_erofs_dio_account(struct z_erofs_dio_keep *k, unsigned int nr)
 		list_del_init(&k->lru);
 }
 
-static bool z_erofs_dio_too_many(void)
+/* Drop what is there for the longest time; the result is to be freed by vfree() */
+static void *z_erofs_dio_shrink_one(unsigned long *freed)
 {
-	return READ_ONCE(z_erofs_dio_nr_kept) >=
-		totalram_pages() / Z_EROFS_DIO_MAX_KEPT;
+	struct z_erofs_dio_keep *k;
+	void *addr = NULL;
+
+	guard(spinlock)(&z_erofs_dio_kept_lock);
+	list_for_each_entry(k, &z_erofs_dio_kept, lru) {
+		if (test_and_set_bit_lock(0, &k->busy))
+			continue;
+		if (completion_done(&k->ahead.done)) {
+			*freed += k->nr;
+			addr = z_erofs_dio_drop(k);
+			z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
+			z_erofs_dio_account(k, 0);
+			clear_bit_unlock(0, &k->busy);
+			break;
+		}
+		clear_bit_unlock(0, &k->busy);
+	}
+	return addr;
 }
 
-/* Take over pages which have been decoded behind the end of a request */
-static bool z_erofs_dio_keep_pages(struct z_erofs_dio_keep *k, loff_t pos,
-				   loff_t end, struct page **pages)
+/*
+ * Have room for @nr pages.  If all files together have too many, somebody who
+ * has had his for longer loses them: readers who go on get new ones.
+ */
+static bool z_erofs_dio_make_room(struct z_erofs_dio_keep *k, unsigned int nr)
 {
-	z_erofs_dio_drop(k);
-	if (z_erofs_dio_too_many())
+	gfp_t gfp = (GFP_KERNEL & ~__GFP_RECLAIM) | __GFP_NOWARN;
+	unsigned long freed = 0;
+	unsigned int got = 0, before;
+	struct page **pages;
+
+	k->pos = 0;
+	k->end = 0;
+	if (nr <= k->nr_pages)
+		return true;
+	vfree(z_erofs_dio_drop(k));
+	if (z_erofs_dio_too_many()) {
+		vfree(z_erofs_dio_shrink_one(&freed));
+		if (!freed)
+			return false;
+	}
+	nr = round_up(nr, max_t(unsigned int, SZ_64K / PAGE_SIZE, 1));
+	pages = kvcalloc(nr, sizeof(*pages), gfp);
+	if (!pages)
 		return false;
-	k->pos = pos;
-	k->end = end;
-	memcpy(k->pages, pages, z_erofs_dio_nr_pages(k) * sizeof(*pages));
+	do {
+		before = got;
+		got = alloc_pages_bulk(gfp, nr, pages);
+	} while (got > before && got < nr);
+	if (got == nr)
+		k->addr = vmap(pages, nr, VM_MAP | VM_MAP_PUT_PAGES,
+			       PAGE_KERNEL);
+	if (!k->addr) {
+		release_pages(pages, got);
+		kvfree(pages);
+		return false;
+	}
+	k->pages = pages;
+	k->nr_pages = nr;
 	return true;
 }
 
@@ -451,25 +559,14 @@ static unsigned long z_erofs_dio_shrink_count(struct shrinker *shrink,
 static unsigned long z_erofs_dio_shrink_scan(struct shrinker *shrink,
 					     struct shrink_control *sc)
 {
-	struct z_erofs_dio_keep *k, *n;
-	unsigned long freed = 0;
+	unsigned long freed = 0, before;
+	void *addr;
 
-	spin_lock(&z_erofs_dio_kept_lock);
-	list_for_each_entry_safe(k, n, &z_erofs_dio_kept, lru) {
-		if (!completion_done(&k->ahead.done) ||
-		    test_and_set_bit_lock(0, &k->busy))
-			continue;
-		if (completion_done(&k->ahead.done)) {
-			freed += k->nr;
-			z_erofs_dio_drop(k);
-			z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
-			z_erofs_dio_account(k, 0);
-		}
-		clear_bit_unlock(0, &k->busy);
-		if (freed >= sc->nr_to_scan)
-			break;
-	}
-	spin_unlock(&z_erofs_dio_kept_lock);
+	do {
+		before = freed;
+		addr = z_erofs_dio_shrink_one(&freed);
+		vfree(addr);
+	} while (freed > before && freed < sc->nr_to_scan);
 	return freed ?: SHRINK_STOP;
 }
 
@@ -486,7 +583,8 @@ static void z_erofs_dio_copy_kept(struct z_erofs_dio_window *w)
 		len = min_t(loff_t, end - w->start,
 			    PAGE_SIZE - offset_in_page(w->start));
 		z_erofs_dio_copy_page(&w->dest, w->start,
-				      z_erofs_dio_kept_page(k, w->start), len);
+				      z_erofs_dio_kept_page(k, w->start),
+				      offset_in_page(w->start), len);
 	}
 }
 
@@ -501,14 +599,16 @@ static bool z_erofs_dio_copy_cached(struct z_erofs_dio_window *w, loff_t pos,
 	bool found = READ_ONCE(mapping->nrpages);
 
 	for (; found && pos < end; pos += len) {
-		folio = filemap_get_folio(mapping, pos >> PAGE_SHIFT);
+		folio = __filemap_get_folio(mapping, pos >> PAGE_SHIFT,
+					    FGP_DONTCACHE, 0);
 		if (IS_ERR(folio))
 			return false;
 		len = min_t(loff_t, end - pos, PAGE_SIZE - offset_in_page(pos));
 		found = folio_test_uptodate(folio);
 		page = folio_file_page(folio, pos >> PAGE_SHIFT);
 		if (found)
-			z_erofs_dio_copy_page(&w->dest, pos, page, len);
+			z_erofs_dio_copy_page(&w->dest, pos, page,
+					      offset_in_page(pos), len);
 		folio_put(folio);
 	}
 	return found;
@@ -527,22 +627,22 @@ z_erofs_dio_plain_dev(struct z_erofs_dio_window *w,
 	const struct z_erofs_dio_seg *seg;
 	unsigned int mask;
 
-	if ((map->m_flags & (EROFS_MAP_MAPPED | EROFS_MAP_META |
+	if (map->m_algorithmformat < Z_EROFS_COMPRESSION_MAX ||
+	    (map->m_flags & (EROFS_MAP_MAPPED | EROFS_MAP_META |
 			     EROFS_MAP_FRAGMENT)) != EROFS_MAP_MAPPED ||
 	    erofs_is_fileio_mode(EROFS_SB(sb)) ||
 	    w->rest - map->m_la > map->m_plen ||
 	    (map->m_la | map->m_pa) & (sb->s_blocksize - 1))
 		return NULL;
 	/* interlaced ones of many blocks begin with the last one */
-	if (map->m_algorithmformat != Z_EROFS_COMPRESSION_SHIFTED &&
-	    (map->m_algorithmformat != Z_EROFS_COMPRESSION_INTERLACED ||
-	     map->m_plen > sb->s_blocksize))
+	if (map->m_algorithmformat == Z_EROFS_COMPRESSION_INTERLACED &&
+	    map->m_plen > sb->s_blocksize)
 		return NULL;
 
 	(void)erofs_map_dev(sb, &mdev);
 	mask = (bdev_logical_block_size(mdev.m_bdev) - 1) |
 		bdev_dma_alignment(mdev.m_bdev);
-	if ((from | w->rest) & mask)
+	if ((from | w->rest | (mdev.m_pa + (from - map->m_la))) & mask)
 		return NULL;
 	for (seg = z_erofs_dio_seg(&w->dest, from);
 	     !((seg->pos | seg->len | seg->base) & mask); ++seg)
@@ -557,7 +657,7 @@ static void z_erofs_dio_extend(struct z_erofs_dio_window *w,
 {
 	loff_t end = min(lend, w->end + Z_EROFS_DIO_KEEP);
 
-	if (end <= w->end)
+	if (end <= w->end || w->end - max_t(loff_t, e->la, w->start) > Z_EROFS_DIO_KEEP)
 		return;
 	e->keep = true;
 	e->len = end - e->la;
@@ -583,9 +683,17 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 		/* the next request is going to need the rest of the last one */
 		keep = w->req->sequential && w->rest == w->req->end;
 		flags = keep ? EROFS_GET_BLOCKS_FIEMAP : 0;
+		if (w->rest == map.m_la)
+			flags |= EROFS_GET_BLOCKS_PREVIOUS;
 		map.m_la = w->rest - 1;
 		map.m_llen = 0;
 		err = z_erofs_map_blocks_iter(w->inode, &map, flags);
+		if (err && keep) {
+			/* something may be wrong that nobody has asked for */
+			keep = false;
+			map.m_la = w->rest - 1;
+			err = z_erofs_map_blocks_iter(w->inode, &map, 0);
+		}
 		if (err)
 			break;
 		if (map.m_la + map.m_llen < w->rest) {
@@ -652,7 +760,7 @@ static void z_erofs_dio_put_pending(struct z_erofs_dio_window *w)
 	if (!atomic_dec_and_test(&w->pending))
 		return;
 	if (w->req->async)
-		queue_work(z_erofs_dio_workqueue, &w->work);
+		queue_work(EROFS_I_SB(w->inode)->dio_workqueue, &w->work);
 	else
 		complete(&w->done);
 }
@@ -702,9 +810,22 @@ static void z_erofs_dio_read_bvec(struct z_erofs_dio_window *w,
 	w->dif = mdev->m_dif;
 	w->bio->bi_iter.bi_sector = cur >> SECTOR_SHIFT;
 	w->bio->bi_ioprio = bio_list_peek(&w->bios)->bi_ioprio;
+	/* this may be a worker, but the submitter is to be charged */
+	bio_clone_blkg_association(w->bio, bio_list_peek(&w->bios));
 	w->bio->bi_private = w;
 	w->bio->bi_end_io = z_erofs_dio_endio;
 	__bio_add_page(w->bio, bv->bv_page, bv->bv_len, bv->bv_offset);
+}
+
+/* @len bytes of compressed data, or what its folio holds of them */
+static struct bio_vec z_erofs_dio_in_bvec(struct page *page, unsigned int len)
+{
+	struct folio *folio = page_folio(page);
+	size_t ofs = folio_page_idx(folio, page) << PAGE_SHIFT;
+	struct bio_vec bv;
+
+	bvec_set_page(&bv, page, min_t(size_t, len, folio_size(folio) - ofs), 0);
+	return bv;
 }
 
 /* Read the blocks of a pcluster, or plain data to where it is wanted */
@@ -726,8 +847,8 @@ static void z_erofs_dio_read(struct z_erofs_dio_window *w,
 		if (e->plain)
 			bv = z_erofs_dio_bvec(&w->dest, e->la + cur, len - cur);
 		else
-			bvec_set_page(&bv, *in++,
-				      min_t(u32, len - cur, PAGE_SIZE), 0);
+			bv = z_erofs_dio_in_bvec(in[cur >> PAGE_SHIFT],
+						 len - cur);
 		z_erofs_dio_read_bvec(w, &mdev, mdev.m_pa + cur, &bv);
 	}
 }
@@ -749,19 +870,22 @@ static int z_erofs_dio_read_meta(struct z_erofs_dio_window *w,
 	return 0;
 }
 
-/* LZ4 needs no mapping of pages which follow each other, if these are free */
-static bool z_erofs_dio_alloc_run(struct page **in, unsigned int nr)
+/*
+ * Pages for compressed data, @left in all and @nr of the same pcluster: large
+ * folios are cheaper to allocate and to read into, and LZ4 needs no mapping of
+ * pages which follow each other.
+ */
+static struct folio *z_erofs_dio_alloc_folio(unsigned int left, unsigned int nr,
+					     gfp_t gfp)
 {
-	unsigned int i;
-	void *addr;
+	gfp_t cheap = (gfp & ~__GFP_RECLAIM) | __GFP_NOWARN;
+	struct folio *folio = NULL;
 
-	if (nr <= 1 || nr > Z_EROFS_DIO_MAX_RUN)
-		return false;
-	addr = alloc_pages_exact(nr << PAGE_SHIFT,
-				 (GFP_KERNEL & ~__GFP_RECLAIM) | __GFP_NOWARN);
-	for (i = 0; addr && i < nr; ++i)
-		in[i] = virt_to_page(addr + i * PAGE_SIZE);
-	return addr;
+	nr = clamp_t(unsigned int, nr, Z_EROFS_DIO_FOLIO, Z_EROFS_DIO_MAX_FOLIO);
+	nr = min(nr, left);
+	if (nr > 1)
+		folio = folio_alloc(cheap, get_order(nr << PAGE_SHIFT));
+	return folio ?: folio_alloc(gfp, 0);
 }
 
 static void z_erofs_dio_ahead_endio(struct bio *bio)
@@ -784,13 +908,14 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 	struct super_block *sb = w->inode->i_sb;
 	struct erofs_map_dev mdev = { .m_pa = e->pa };
 	gfp_t gfp = (GFP_KERNEL & ~__GFP_RECLAIM) | __GFP_NOWARN;
+	struct folio *folio;
 	erofs_off_t pa, end;
-	struct page *page;
+	unsigned int nr, i;
 	struct bio *bio;
 
 	if (!completion_done(&a->done))
 		return;
-	z_erofs_dio_ahead_read(a);
+	z_erofs_dio_settle_ahead(a);
 	(void)erofs_map_dev(sb, &mdev);
 	/* extents which aren't aligned share blocks */
 	pa = round_down(mdev.m_pa + e->plen, i_blocksize(w->inode));
@@ -815,12 +940,15 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 	bio->bi_ioprio = bio_list_peek(&w->bios)->bi_ioprio;
 	bio->bi_private = a;
 	bio->bi_end_io = z_erofs_dio_ahead_endio;
-	for (; a->nr < w->req->ahead && pa + PAGE_SIZE <= end; pa += PAGE_SIZE) {
-		page = alloc_page(gfp);
-		if (!page)
+	end = min(end, pa + ((erofs_off_t)(w->req->ahead - a->nr) << PAGE_SHIFT));
+	for (; pa + PAGE_SIZE <= end; pa += folio_size(folio)) {
+		nr = rounddown_pow_of_two((unsigned int)((end - pa) >> PAGE_SHIFT));
+		folio = z_erofs_dio_alloc_folio(nr, e->inpages, gfp);
+		if (!folio)
 			break;
-		a->pages[a->nr++] = page;
-		__bio_add_page(bio, page, PAGE_SIZE, 0);
+		for (i = 0; i < folio_nr_pages(folio); ++i)
+			a->pages[a->nr++] = folio_page(folio, i);
+		bio_add_folio_nofail(bio, folio, folio_size(folio), 0);
 	}
 	if (!bio->bi_vcnt) {
 		bio_put(bio);
@@ -837,75 +965,86 @@ static bool z_erofs_dio_take_ahead(struct z_erofs_dio_window *w,
 	struct erofs_map_dev mdev = { .m_pa = e->pa };
 	struct z_erofs_dio_ahead *a;
 	struct page **in = w->in + e->in;
-	unsigned int nr, i;
+	unsigned int nr;
 	erofs_off_t pa;
 
-	if (!w->req->keep || !w->req->keep->ahead.nr || !e->inpages ||
-	    (e->flags & EROFS_MAP_META))
-		return false;
 	a = &w->req->keep->ahead;
 	(void)erofs_map_dev(w->inode->i_sb, &mdev);
 	pa = round_down(mdev.m_pa, i_blocksize(w->inode));
 	if (a->dif != mdev.m_dif || pa < a->pa || ((pa - a->pa) & ~PAGE_MASK))
 		return false;
 	nr = (pa - a->pa) >> PAGE_SHIFT;
-	if (nr + e->inpages > a->nr_read) {
-		wait_for_completion_io(&a->done);
-		z_erofs_dio_ahead_read(a);
-	}
 	if (nr + e->inpages > a->nr)
 		return false;
-	for (i = 0; i < e->inpages; ++i) {
-		in[i] = a->pages[nr + i];
-		get_page(in[i]);
+	if (nr + e->inpages > a->nr_read) {
+		wait_for_completion_io(&a->done);
+		z_erofs_dio_settle_ahead(a);
+		if (!a->nr)
+			return false;
 	}
+	memcpy(in, a->pages + nr, e->inpages * sizeof(*in));
+	z_erofs_dio_get_pages(in, e->inpages);
 	return true;
 }
 
+/* In ascending order: extents which follow each other also do so in memory */
 static int z_erofs_dio_alloc_in(struct z_erofs_dio_window *w)
 {
-	unsigned int nr, i, j;
+	unsigned int left = w->nr_in, room = 0, i = w->nr_ext, j;
+	bool ahead = w->req->keep && w->req->keep->ahead.nr;
+	struct z_erofs_dio_extent *e;
+	struct page **in, *page = NULL;
+	struct folio *folio;
 
 	if (w->nr_in > w->max_in) {
 		kvfree(w->in);
 		w->max_in = 0;
 		w->in = kvmalloc_objs(*w->in, w->nr_in);
-		if (!w->in) {
-			w->nr_in = 0;
-			return -ENOMEM;
-		}
+		if (!w->in)
+			goto nomem;
 		w->max_in = w->nr_in;
 	}
-	for (i = 0; i < w->nr_ext; ++i) {
-		nr = w->ext[i].inpages;
-		w->ext[i].ahead = z_erofs_dio_take_ahead(w, &w->ext[i]);
-		if (w->ext[i].ahead ||
-		    z_erofs_dio_alloc_run(w->in + w->ext[i].in, nr))
+	for (; i--; left -= e->inpages) {
+		e = &w->ext[i];
+		if (ahead && e->inpages && !(e->flags & EROFS_MAP_META))
+			ahead = e->ahead = z_erofs_dio_take_ahead(w, e);
+		if (e->ahead)
 			continue;
-		for (j = w->ext[i].in; nr--; ++j) {
-			w->in[j] = __erofs_allocpage(&w->pagepool, GFP_KERNEL,
-						     true);
-			if (!w->in[j]) {
-				w->nr_in = j;
-				return -ENOMEM;
+		/* don't split what a folio of its own can hold */
+		if (room < e->inpages && e->inpages <= Z_EROFS_DIO_MAX_FOLIO)
+			room = 0;
+		in = w->in + e->in;
+		for (j = 0; j < e->inpages; ++j, --room) {
+			if (!room) {
+				folio = z_erofs_dio_alloc_folio(left - j,
+								e->inpages - j,
+								GFP_KERNEL);
+				if (!folio) {
+					e->inpages = j;
+					goto nomem;
+				}
+				page = folio_page(folio, 0);
+				room = folio_nr_pages(folio);
+			} else if (!j) {
+				folio_get(page_folio(page));
 			}
+			in[j] = page++;
 		}
 	}
 	return 0;
+nomem:
+	while (i--)
+		w->ext[i].inpages = 0;
+	return -ENOMEM;
 }
 
 static void z_erofs_dio_free_in(struct z_erofs_dio_window *w)
 {
-	struct page *page;
+	unsigned int i;
 
-	while (w->nr_in) {
-		page = w->in[--w->nr_in];
-		/* the next extent may begin in what has been read ahead of it */
-		if (page_count(page) > 1)
-			put_page(page);
-		else
-			erofs_pagepool_add(&w->pagepool, page);
-	}
+	for (i = 0; i < w->nr_ext; ++i)
+		z_erofs_dio_put_pages(w->in + w->ext[i].in, w->ext[i].inpages);
+	w->nr_ext = 0;
 }
 
 /* Submit reads of all compressed data */
@@ -1005,18 +1144,10 @@ static void z_erofs_dio_put_out(struct z_erofs_dio_window *w,
 				struct page **out, bool copy,
 				struct page **pool)
 {
-	loff_t from = max_t(loff_t, e->la, w->pos);
+	loff_t from = max_t(loff_t, e->la, w->start);
 	loff_t pos = (loff_t)e->la - lo->pageofs, cur, end;
-	unsigned int nr = lo->nr, i;
-	void *src;
+	unsigned int i;
 
-	/* pages that no user has ever seen */
-	if (copy && e->keep) {
-		nr = (w->end - pos) >> PAGE_SHIFT;
-		if (!z_erofs_dio_keep_pages(w->req->keep, w->end,
-					    e->la + e->len, out + nr))
-			nr = lo->nr;
-	}
 	for (i = 0; i < lo->nr; ++i, pos += PAGE_SIZE) {
 		if (!out[i] || z_erofs_dio_is_direct(lo, i) ||
 		    z_erofs_dio_is_recycled(out, i))
@@ -1024,16 +1155,24 @@ static void z_erofs_dio_put_out(struct z_erofs_dio_window *w,
 		cur = max(pos, from);
 		end = min3(pos + (loff_t)PAGE_SIZE, (loff_t)e->la + e->len,
 			   w->end);
-		if (copy && cur < end) {
-			src = kmap_local_page(out[i]);
-			z_erofs_dio_copy(&w->dest, cur, src + (cur - pos),
-					 end - cur);
-			kunmap_local(src);
-		}
-		if (i < nr)
+		if (copy && cur < end)
+			z_erofs_dio_copy_page(&w->dest, cur, out[i],
+					      cur - pos, end - cur);
+		if (i < lo->kept)
 			erofs_pagepool_add(pool, out[i]);
 	}
-	kvfree(out);
+	if (lo->kept)
+		kvfree(out);
+}
+
+/* The first page of an extent that has a byte which is wanted */
+static unsigned int z_erofs_dio_gap(struct z_erofs_dio_window *w,
+				    struct z_erofs_dio_extent *e,
+				    const struct z_erofs_dio_layout *lo)
+{
+	unsigned int skip = e->la < w->start ? w->start - e->la : 0;
+
+	return (lo->pageofs + skip) >> PAGE_SHIFT;
 }
 
 /*
@@ -1046,10 +1185,11 @@ static struct page **z_erofs_dio_get_out(struct z_erofs_dio_window *w,
 					 const struct z_erofs_dio_layout *lo,
 					 struct page **pool)
 {
-	unsigned int skip = e->la < w->pos ? w->pos - e->la : 0, i = 0;
-	unsigned int gap = (lo->pageofs + skip) >> PAGE_SHIFT;
+	unsigned int gap = z_erofs_dio_gap(w, e, lo), i = 0;
 	struct page **out;
 
+	if (!lo->kept)
+		return w->req->keep->pages;
 	out = kvzalloc_objs(*out, lo->nr);
 	if (!out)
 		return NULL;
@@ -1062,17 +1202,51 @@ static struct page **z_erofs_dio_get_out(struct z_erofs_dio_window *w,
 			out[i] = w->dest.pages[lo->page + i - lo->direct];
 			continue;
 		}
+		if (i >= lo->kept) {
+			out[i] = w->req->keep->pages[i - lo->kept];
+			continue;
+		}
 		if (i >= Z_EROFS_DIO_LZ4_PAGES && i < gap) {
 			out[i] = out[i - Z_EROFS_DIO_LZ4_PAGES];
 			continue;
 		}
-		out[i] = __erofs_allocpage(pool, GFP_KERNEL, !e->keep);
+		out[i] = __erofs_allocpage(pool, GFP_KERNEL, true);
 		if (!out[i]) {
 			z_erofs_dio_put_out(w, e, lo, out, false, pool);
 			return NULL;
 		}
 	}
 	return out;
+}
+
+/* Just decode what has been asked for */
+static void z_erofs_dio_dont_keep(struct z_erofs_dio_window *w,
+				  struct z_erofs_dio_extent *e)
+{
+	e->keep = false;
+	e->partial = true;
+	e->len = w->end - e->la;
+}
+
+/* An extent of which something is kept is decoded where no user sees it */
+static void z_erofs_dio_lay_keep(struct z_erofs_dio_window *w,
+				 struct z_erofs_dio_extent *e,
+				 struct z_erofs_dio_layout *lo)
+{
+	z_erofs_dio_lay_aside(e->la, e->len, lo);
+	lo->kept = z_erofs_dio_gap(w, e, lo);
+	if (!z_erofs_dio_make_room(w->req->keep, lo->nr - lo->kept))
+		z_erofs_dio_dont_keep(w, e);
+}
+
+/* The kept pages of an extent are as they should be */
+static void z_erofs_dio_kept_now(struct z_erofs_dio_keep *k,
+				 const struct z_erofs_dio_extent *e,
+				 const struct z_erofs_dio_layout *lo)
+{
+	k->pos = max_t(loff_t, e->la, (loff_t)e->la - lo->pageofs +
+				      ((loff_t)lo->kept << PAGE_SHIFT));
+	k->end = e->la + e->len;
 }
 
 static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
@@ -1094,10 +1268,10 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 	if (e->alg == Z_EROFS_COMPRESSION_INTERLACED)
 		mask = sb->s_blocksize - 1;
 	if (e->keep)
-		z_erofs_dio_lay_aside(e->la, e->len, &lo);
-	else
+		z_erofs_dio_lay_keep(w, e, &lo);
+	if (!e->keep)
 		z_erofs_dio_lay_out(&w->dest, e->la, e->len,
-				    max_t(loff_t, e->la, w->pos), mask, &lo);
+				    max_t(loff_t, e->la, w->start), mask, &lo);
 	aside = lo.direct || lo.edirect < lo.nr;
 	if (aside)
 		out = z_erofs_dio_get_out(w, e, &lo, pool);
@@ -1105,7 +1279,9 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 		out = w->dest.pages + lo.page;
 	if (!out)
 		return -ENOMEM;
-	if (!aside && w->dest.addr)
+	if (!lo.kept && !cpu_dcache_is_aliasing())
+		dst = w->req->keep->addr;
+	else if (!aside && w->dest.addr)
 		dst = w->dest.addr + ((size_t)lo.page << PAGE_SHIFT);
 
 	reason = alg->decompress(&(struct z_erofs_decompress_req) {
@@ -1131,6 +1307,8 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 				  IS_ERR(reason) ? "error" : reason, e->pa,
 				  e->plen, e->len, EROFS_I(w->inode)->nid);
 	}
+	if (!err && e->keep)
+		z_erofs_dio_kept_now(w->req->keep, e, &lo);
 	if (aside)
 		z_erofs_dio_put_out(w, e, &lo, out, !err, pool);
 	return err;
@@ -1139,14 +1317,23 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 static int z_erofs_dio_fill(struct z_erofs_dio_window *w,
 			    struct z_erofs_dio_extent *e, struct page **pool)
 {
+	int err;
+
 	if (e->plain)
 		return 0;
 	if (e->flags & EROFS_MAP_FRAGMENT)
 		return z_erofs_dio_fragment(w, e);
-	if (e->flags & EROFS_MAP_MAPPED)
-		return z_erofs_dio_decode(w, e, pool);
-	z_erofs_dio_copy(&w->dest, e->la, NULL, e->len);
-	return 0;
+	if (!(e->flags & EROFS_MAP_MAPPED)) {
+		z_erofs_dio_copy(&w->dest, e->la, NULL, e->len);
+		return 0;
+	}
+	err = z_erofs_dio_decode(w, e, pool);
+	if (err && e->keep) {
+		/* it may be what nobody has asked for */
+		z_erofs_dio_dont_keep(w, e);
+		err = z_erofs_dio_decode(w, e, pool);
+	}
+	return err;
 }
 
 /*
@@ -1185,8 +1372,13 @@ static void z_erofs_dio_map_dest(struct z_erofs_dio_window *w)
 {
 	struct z_erofs_dio_dest *d = &w->dest;
 
-	if (!d->addr && w->nr_ext > 1 && w->ext->alg == Z_EROFS_COMPRESSION_LZ4 &&
-	    d->nr_runs > d->nr_pages / 16 + 1)
+	/* caches must not see the same page at two addresses at a time */
+	if (d->addr || !w->nr_ext || w->ext->alg != Z_EROFS_COMPRESSION_LZ4 ||
+	    cpu_dcache_is_aliasing())
+		return;
+	if (d->nr_runs == 1 && !PageHighMem(d->pages[d->nr_pages - 1]))
+		d->addr = page_address(d->pages[0]);
+	else if (w->nr_ext > 1 && d->nr_runs > d->nr_pages / 16 + 1)
 		d->addr = erofs_vm_map_ram(d->pages, d->nr_pages);
 }
 
@@ -1210,7 +1402,8 @@ static void z_erofs_dio_fill_all(struct z_erofs_dio_window *w)
 	for (i = 0; i < nr; ++i) {
 		w->helper[i].w = w;
 		INIT_WORK(&w->helper[i].work, z_erofs_dio_help);
-		queue_work(z_erofs_dio_workqueue, &w->helper[i].work);
+		queue_work(EROFS_I_SB(w->inode)->dio_workqueue,
+			   &w->helper[i].work);
 	}
 	z_erofs_dio_fill_some(w, &w->pagepool);
 	for (i = 0; i < nr; ++i)
@@ -1256,12 +1449,15 @@ static void z_erofs_dio_flush_dcache(struct z_erofs_dio_window *w)
 	struct bvec_iter iter;
 	struct bio_vec bv;
 	struct bio *bio;
+	unsigned int i;
 
 	if (!ARCH_IMPLEMENTS_FLUSH_DCACHE_PAGE)
 		return;
 	bio_list_for_each(bio, &w->bios)
-		bio_for_each_segment(bv, bio, iter)
-			flush_dcache_page(bv.bv_page);
+		bio_for_each_bvec(bv, bio, iter)
+			for (i = bv.bv_offset / PAGE_SIZE;
+			     i * PAGE_SIZE < bv.bv_offset + bv.bv_len; ++i)
+				flush_dcache_page(bv.bv_page + i);
 }
 
 /* Fill what has been staged; if there is more to come, stage it: true */
@@ -1288,7 +1484,7 @@ static void z_erofs_dio_free_window(struct z_erofs_dio_window *w)
 {
 	erofs_release_pages(&w->pagepool);
 	kvfree(w->in);
-	if (w->dest.addr)
+	if (is_vmalloc_addr(w->dest.addr))
 		vm_unmap_ram(w->dest.addr, w->dest.nr_pages);
 	kvfree(w->dest.pages);
 	kfree(w->dest.segs);
@@ -1513,7 +1709,40 @@ static const struct iomap_dio_ops z_erofs_dio_ops = {
 };
 
 /**
- * z_erofs_dio_init - set up what direct reads share
+ * z_erofs_dio_init_super - set up direct reads of a superblock
+ * @sb: the superblock, which is being mounted
+ *
+ * Workers wait for data of images and devices below, which can be compressed
+ * files of other superblocks.  With one workqueue for all of them, workers could
+ * take the places of those they wait for.
+ *
+ * Context: Process context.
+ * Return: 0, or -ENOMEM.
+ */
+int z_erofs_dio_init_super(struct super_block *sb)
+{
+	struct erofs_sb_info *sbi = EROFS_SB(sb);
+
+	sbi->dio_workqueue = alloc_workqueue("erofs_dio/%s",
+					     WQ_UNBOUND | WQ_HIGHPRI, 0,
+					     sb->s_id);
+	return sbi->dio_workqueue ? 0 : -ENOMEM;
+}
+
+/**
+ * z_erofs_dio_exit_super - undo z_erofs_dio_init_super(), if it has been called
+ * @sbi: what is left of a superblock without any inode
+ *
+ * Context: Process context, waits for workers which return.
+ */
+void z_erofs_dio_exit_super(struct erofs_sb_info *sbi)
+{
+	if (sbi->dio_workqueue)
+		destroy_workqueue(sbi->dio_workqueue);
+}
+
+/**
+ * z_erofs_dio_init - set up what all direct reads share
  *
  * Context: Process context, when EROFS is initialised.
  * Return: 0, or -ENOMEM.
@@ -1522,30 +1751,19 @@ int __init z_erofs_dio_init(void)
 {
 	int err;
 
-	/* not the one for buffered reads, which are waited for in here */
-	z_erofs_dio_workqueue = alloc_workqueue("erofs_dio",
-						WQ_UNBOUND | WQ_HIGHPRI |
-						WQ_MEM_RECLAIM, 0);
-	if (!z_erofs_dio_workqueue)
-		return -ENOMEM;
 	err = bioset_init(&z_erofs_dio_bioset, BIO_POOL_SIZE, 0,
 			  BIOSET_NEED_BVECS);
 	if (err)
-		goto err_bioset;
-	err = -ENOMEM;
+		return err;
 	z_erofs_dio_shrinker = shrinker_alloc(0, "erofs-dio");
-	if (!z_erofs_dio_shrinker)
-		goto err_shrinker;
+	if (!z_erofs_dio_shrinker) {
+		bioset_exit(&z_erofs_dio_bioset);
+		return -ENOMEM;
+	}
 	z_erofs_dio_shrinker->count_objects = z_erofs_dio_shrink_count;
 	z_erofs_dio_shrinker->scan_objects = z_erofs_dio_shrink_scan;
 	shrinker_register(z_erofs_dio_shrinker);
 	return 0;
-
-err_shrinker:
-	bioset_exit(&z_erofs_dio_bioset);
-err_bioset:
-	destroy_workqueue(z_erofs_dio_workqueue);
-	return err;
 }
 
 /**
@@ -1557,7 +1775,6 @@ void z_erofs_dio_exit(void)
 {
 	shrinker_free(z_erofs_dio_shrinker);
 	bioset_exit(&z_erofs_dio_bioset);
-	destroy_workqueue(z_erofs_dio_workqueue);
 }
 
 /*
@@ -1621,7 +1838,7 @@ static struct z_erofs_dio_keep *z_erofs_dio_get_keep(struct kiocb *iocb)
 		return NULL;
 	k = READ_ONCE(file->private_data);
 	if (!k) {
-		k = kzalloc_obj(*k);
+		k = kzalloc_obj(*k, GFP_KERNEL_ACCOUNT);
 		if (!k)
 			return NULL;
 		INIT_LIST_HEAD(&k->lru);
@@ -1643,9 +1860,9 @@ static void z_erofs_dio_put_keep(struct z_erofs_dio_keep *k, struct kiocb *iocb)
 	if (!k)
 		return;
 	k->next = iocb->ki_pos;
-	if (k->next >= k->end)
-		z_erofs_dio_drop(k);
-	nr = z_erofs_dio_nr_pages(k) + k->ahead.nr;
+	if (k->next >= i_size_read(file_inode(iocb->ki_filp)))
+		vfree(z_erofs_dio_drop(k));
+	nr = k->nr_pages + k->ahead.nr;
 	if (nr != k->nr) {
 		spin_lock(&z_erofs_dio_kept_lock);
 		z_erofs_dio_account(k, nr);
@@ -1671,7 +1888,7 @@ int z_erofs_dio_release(struct inode *inode, struct file *file)
 	spin_lock(&z_erofs_dio_kept_lock);
 	z_erofs_dio_account(k, 0);
 	spin_unlock(&z_erofs_dio_kept_lock);
-	z_erofs_dio_drop(k);
+	vfree(z_erofs_dio_drop(k));
 	wait_for_completion_io(&k->ahead.done);
 	z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
 	kfree(k);
@@ -1727,10 +1944,15 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 	count -= iov_iter_count(to);
 	end = min_t(loff_t, i_size_read(inode),
 		    iocb->ki_pos + iov_iter_count(to));
+	/* a reader who doesn't go on there isn't going to need any of it */
+	if (k && k->next != iocb->ki_pos)
+		vfree(z_erofs_dio_drop(k));
 	*rq = (struct z_erofs_dio_req) {
 		.file = erofs_cache_file(iocb->ki_filp),
 		.keep = k,
-		.sequential = k && k->next == iocb->ki_pos,
+		/* who begins with a small read may just have a look */
+		.sequential = k && k->next == iocb->ki_pos &&
+			      (iocb->ki_pos || end >= Z_EROFS_DIO_DONTCACHE),
 		.end = end,
 		.async = !is_sync_kiocb(iocb) &&
 			 iov_iter_count(to) <= Z_EROFS_DIO_MAX_ASYNC,
@@ -1738,7 +1960,8 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 		.windows = LIST_HEAD_INIT(rq->windows),
 	};
 	spin_lock_init(&rq->lock);
-	if (rq->sequential && iocb->ki_pos && !erofs_is_fileio_mode(EROFS_I_SB(inode)))
+	if (rq->sequential && iocb->ki_pos &&
+	    !erofs_is_fileio_mode(EROFS_I_SB(inode)))
 		rq->ahead = min_t(loff_t, i_size_read(inode) - end,
 				  Z_EROFS_DIO_AHEAD) >> PAGE_SHIFT;
 	ret = iomap_dio_rw(iocb, to, &z_erofs_dio_iomap_ops, &z_erofs_dio_ops,

@@ -155,6 +155,91 @@ static void zdio_add_test(struct kunit *test)
 	kfree(d.segs);
 }
 
+/* What iomap makes of a large folio, and kernel callers of several */
+static void zdio_add_large_test(struct kunit *test)
+{
+	struct page *page = alloc_pages(GFP_KERNEL | __GFP_COMP, 2);
+	struct z_erofs_dio_dest d;
+	struct bio_vec bv;
+	int i;
+
+	KUNIT_ASSERT_NOT_NULL(test, page);
+	zdio_dest(test, &d, 0, NULL, 0);
+
+	/* the second piece goes on in the last page of the first one */
+	bvec_set_page(&bv, page, 2 * P, 512);
+	KUNIT_EXPECT_EQ(test, 0, z_erofs_dio_add(&d, &bv, 8192));
+	KUNIT_EXPECT_EQ(test, 3, d.nr_pages);
+	bvec_set_page(&bv, page + 2, 2 * P - 512, 512);
+	KUNIT_EXPECT_EQ(test, 0, z_erofs_dio_add(&d, &bv, 8192 + 2 * P));
+	KUNIT_EXPECT_EQ(test, 4, d.nr_pages);
+	for (i = 0; i < 4; ++i)
+		KUNIT_EXPECT_PTR_EQ(test, page + i, d.pages[i]);
+	KUNIT_EXPECT_EQ(test, 1, d.nr_segs);
+	zdio_expect_seg(test, &d, 0, 8192, 4 * P - 512, 512);
+	KUNIT_EXPECT_EQ(test, 1, d.nr_runs);
+
+	/* the same segment, but elsewhere in memory */
+	bvec_set_page(&bv, page + 1, P, 0);
+	KUNIT_EXPECT_EQ(test, 0, z_erofs_dio_add(&d, &bv, 8192 + 4 * P - 512));
+	KUNIT_EXPECT_EQ(test, 1, d.nr_segs);
+	KUNIT_EXPECT_EQ(test, 2, d.nr_runs);
+	kfree(d.segs);
+	__free_pages(page, 2);
+}
+
+static void zdio_references_test(struct kunit *test)
+{
+	struct page *large = alloc_pages(GFP_KERNEL | __GFP_COMP, 2);
+	struct zdio_pages *p = test->priv;
+	struct page *pages[] = { p->page[0], large, large + 1, large + 2,
+				 p->page[1] };
+
+	KUNIT_ASSERT_NOT_NULL(test, large);
+	/* one of each folio, wherever in it the pages begin */
+	z_erofs_dio_get_pages(pages, 5);
+	KUNIT_EXPECT_EQ(test, 2, page_count(p->page[0]));
+	KUNIT_EXPECT_EQ(test, 2, page_count(large));
+	KUNIT_EXPECT_EQ(test, 2, page_count(p->page[1]));
+	z_erofs_dio_get_pages(pages + 3, 1);
+	KUNIT_EXPECT_EQ(test, 3, page_count(large));
+	z_erofs_dio_put_pages(pages + 3, 1);
+	z_erofs_dio_put_pages(pages, 5);
+	KUNIT_EXPECT_EQ(test, 1, page_count(p->page[0]));
+	KUNIT_EXPECT_EQ(test, 1, page_count(large));
+	KUNIT_EXPECT_EQ(test, 1, page_count(p->page[1]));
+	__free_pages(large, 2);
+}
+
+static void zdio_drop_ahead_test(struct kunit *test)
+{
+	struct page *large = alloc_pages(GFP_KERNEL | __GFP_COMP, 2);
+	struct zdio_pages *p = test->priv;
+	struct z_erofs_dio_ahead *a;
+
+	KUNIT_ASSERT_NOT_NULL(test, large);
+	a = kunit_kzalloc(test, sizeof(*a), GFP_KERNEL);
+	KUNIT_ASSERT_NOT_NULL(test, a);
+	a->pages[0] = p->page[0];
+	a->pages[1] = large;
+	a->pages[2] = large + 1;
+	a->nr = 3;
+	a->pa = 8 * P;
+	z_erofs_dio_get_pages(a->pages, 3);
+
+	/* a folio is held until its last page isn't needed any more */
+	z_erofs_dio_drop_ahead(a, 2);
+	KUNIT_EXPECT_EQ(test, 1, page_count(p->page[0]));
+	KUNIT_EXPECT_EQ(test, 2, page_count(large));
+	KUNIT_EXPECT_EQ(test, 1, a->nr);
+	KUNIT_EXPECT_PTR_EQ(test, large + 1, a->pages[0]);
+	KUNIT_EXPECT_EQ(test, 10 * P, a->pa);
+	z_erofs_dio_drop_ahead(a, 1);
+	KUNIT_EXPECT_EQ(test, 1, page_count(large));
+	KUNIT_EXPECT_EQ(test, 0, a->nr);
+	__free_pages(large, 2);
+}
+
 static void zdio_seg_test(struct kunit *test)
 {
 	struct z_erofs_dio_dest d;
@@ -316,6 +401,9 @@ static void zdio_copy_test(struct kunit *test)
 static struct kunit_case zdio_cases[] = {
 	KUNIT_CASE(zdio_cut_test),
 	KUNIT_CASE(zdio_add_test),
+	KUNIT_CASE(zdio_add_large_test),
+	KUNIT_CASE(zdio_references_test),
+	KUNIT_CASE(zdio_drop_ahead_test),
 	KUNIT_CASE(zdio_seg_test),
 	KUNIT_CASE(zdio_lay_out_aligned_test),
 	KUNIT_CASE(zdio_lay_out_offset_test),
