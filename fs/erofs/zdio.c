@@ -28,7 +28,7 @@
 /* .. and their compressed pages; the last pcluster may go beyond */
 #define Z_EROFS_DIO_MAX_INPAGES		(SZ_512K / PAGE_SIZE)
 /* They come from folios of this size, which are about as cheap as pages */
-#define Z_EROFS_DIO_FOLIO		(1U << PAGE_ALLOC_COSTLY_ORDER)
+#define Z_EROFS_DIO_FOLIO		BIT(PAGE_ALLOC_COSTLY_ORDER)
 /* .. or of up to this one for larger pclusters, if such are free */
 #define Z_EROFS_DIO_MAX_FOLIO		(SZ_128K / PAGE_SIZE)
 /* Windows of a request whose compressed data is read or decoded by now */
@@ -811,7 +811,8 @@ static void z_erofs_dio_read_bvec(struct z_erofs_dio_window *w,
 	w->bio->bi_iter.bi_sector = cur >> SECTOR_SHIFT;
 	w->bio->bi_ioprio = bio_list_peek(&w->bios)->bi_ioprio;
 	/* this may be a worker, but the submitter is to be charged */
-	bio_clone_blkg_association(w->bio, bio_list_peek(&w->bios));
+	if (w->bio->bi_bdev)
+		bio_clone_blkg_association(w->bio, bio_list_peek(&w->bios));
 	w->bio->bi_private = w;
 	w->bio->bi_end_io = z_erofs_dio_endio;
 	__bio_add_page(w->bio, bv->bv_page, bv->bv_len, bv->bv_offset);
@@ -881,8 +882,7 @@ static struct folio *z_erofs_dio_alloc_folio(unsigned int left, unsigned int nr,
 	gfp_t cheap = (gfp & ~__GFP_RECLAIM) | __GFP_NOWARN;
 	struct folio *folio = NULL;
 
-	nr = clamp_t(unsigned int, nr, Z_EROFS_DIO_FOLIO, Z_EROFS_DIO_MAX_FOLIO);
-	nr = min(nr, left);
+	nr = min3(max(nr, Z_EROFS_DIO_FOLIO), Z_EROFS_DIO_MAX_FOLIO, left);
 	if (nr > 1)
 		folio = folio_alloc(cheap, get_order(nr << PAGE_SHIFT));
 	return folio ?: folio_alloc(gfp, 0);
@@ -1006,8 +1006,10 @@ static int z_erofs_dio_alloc_in(struct z_erofs_dio_window *w)
 	}
 	for (; i--; left -= e->inpages) {
 		e = &w->ext[i];
-		if (ahead && e->inpages && !(e->flags & EROFS_MAP_META))
-			ahead = e->ahead = z_erofs_dio_take_ahead(w, e);
+		if (ahead && e->inpages && !(e->flags & EROFS_MAP_META)) {
+			e->ahead = z_erofs_dio_take_ahead(w, e);
+			ahead = e->ahead;
+		}
 		if (e->ahead)
 			continue;
 		/* don't split what a folio of its own can hold */
