@@ -273,16 +273,19 @@ def caller_job() -> Job:
 
 
 def device_job() -> Job:
-    """The second image is tried in a file, the third one has devices of its own."""
+    """The second image is tried in a file, the others have devices of their own."""
     known = {image.name: image for image, _ in forged_images()}
-    plain, small, spread = (known[name] for name in ("plain-4096", "plain-1024", "devices"))
+    plain, small, spread, fine = (known[name] for name in ("plain-4096", "plain-1024", "devices",
+                                                           "plain-devices"))
     return Job("block-devices", "mke2fs -b 4096 /dev/ram0 16384 > /dev/null && mkdir /tmp/ext2\n"
                "mount -t ext2 /dev/ram0 /tmp/ext2\n"
                "cat $DISK_A > /tmp/ext2/plain && cat $DISK_B > /tmp/ext2/small\n"
                "umount /tmp/ext2\n"
                "dio_devices --plain $DISK_A --spread $DISK_C --extra $DISK_D $DISK_E "
+               "--fine $DISK_F --fine-extra $DISK_G "
                "--scratch /dev/ram0 --mount /mnt --name block-devices || true\n", vehicles=BOTH,
-               disks=(plain.path, small.path, spread.path, *spread.devices), since=(6, 15))
+               disks=(plain.path, small.path, spread.path, *spread.devices, fine.path,
+                      *fine.devices), since=(6, 15))
 
 
 def all_jobs(settings: Settings) -> list[Job]:

@@ -61,6 +61,7 @@ FEATURES: dict[str, tuple[str, tuple[int, int]]] = {
 }
 
 NESTED = {"plain": "", "lz4-64k": "-zlz4 -C65536"}
+PACKED = "-zlz4 -C65536 -Eall-fragments"
 
 
 @dataclass(frozen=True)
@@ -219,10 +220,13 @@ def caller_data(inside: Data) -> Data:
         shutil.copytree(inside.truth, root)
         for name, options in NESTED.items():
             shutil.copy(make_image(inside, options), root / f"{name}.erofs")
+        shutil.copy(make_image(Data(inside.truth / "sizes", inside.listing), PACKED),
+                    root / "packed.erofs")
         (root / "noise").write_bytes(random.Random(2).randbytes(MIB))
         describe(root, work / "list.json", "/usr")
 
-    made = entry("data", digest("callers", inside.listing, mkfs()[1], repr(NESTED)), make)
+    made = entry("data", digest("callers", inside.listing, mkfs()[1], repr((NESTED, PACKED))),
+                 make)
     return Data(made / "files", made / "list.json")
 
 

@@ -40,15 +40,19 @@ constexpr std::byte kMark{0xa5};
 const std::string kFile = "mixed"; // compressed, of several windows
 const std::string kPlain = "noise";
 const std::array kNested = {"plain.erofs", "lz4-64k.erofs"};
+// An image of one directory, all of whose files are in one extent, and one of these files.
+const std::string kPacked = "packed.erofs", kPackedDirectory = "sizes", kPackedFile = "4097";
 
 struct Options {
 	std::string device, mount, truth, scratch;
 };
 
 // What goes on behind the back of a process ends some time after the call that started it.
-template <typename Condition> void eventually(std::string_view what, Condition &&reached)
+template <typename Condition>
+void eventually(std::string_view what, Condition &&reached,
+		std::chrono::seconds limit = std::chrono::seconds(20))
 {
-	const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+	const auto end = std::chrono::steady_clock::now() + limit;
 	while (!reached()) {
 		if (std::chrono::steady_clock::now() > end)
 			throw Error(what, 0, "an end", "none");
@@ -118,6 +122,18 @@ public:
 		if (::waitpid(std::exchange(pid_, 0), &status, 0) < 0)
 			throw Error("waitpid", 0, "a status", errno_text(errno));
 		return status;
+	}
+	// Who hangs in the kernel cannot be killed either: he is not waited for any more.
+	void expect_success_soon(std::string_view what)
+	{
+		const auto pid = std::exchange(pid_, 0);
+		int status = 0;
+		// a machine that emulates and checks takes its time for a thousand threads
+		eventually(
+			what, [&] { return ::waitpid(pid, &status, WNOHANG) == pid; },
+			std::chrono::minutes(2));
+		if (status)
+			throw Error(what, 0, "status 0", std::to_string(status));
 	}
 	void expect_success()
 	{
@@ -343,6 +359,92 @@ private:
 	Volume volume_;
 	Reads reads_;
 	std::optional<Suspended> held_; // ends first, or the reads would wait for good
+};
+
+// A directory to mount something at, and a control group.
+class Directory
+{
+public:
+	explicit Directory(fs::path path) : path_(std::move(path))
+	{
+		fs::create_directories(path_);
+	}
+	Directory(const Directory &) = delete;
+	Directory &operator=(const Directory &) = delete;
+	~Directory() { ::rmdir(path_.c_str()); }
+	const fs::path &path() const { return path_; }
+
+private:
+	fs::path path_;
+};
+
+std::string device_number(const Target &target)
+{
+	struct stat info;
+	if (::fstat(target.fd, &info))
+		throw Error(target.path.string(), 0, "fstat", errno_text(errno));
+	return std::to_string(major(info.st_dev)) + ':' + std::to_string(minor(info.st_dev));
+}
+
+size_t bytes_read(const std::string &device)
+{
+	const auto path = "/sys/dev/block/" + device + "/stat";
+	std::ifstream in(path);
+	size_t reads = 0, merged = 0, sectors = 0;
+	if (!(in >> reads >> merged >> sectors))
+		throw Error(path, 0, "counts of a device", "none");
+	return sectors * 512;
+}
+
+// Processes whose reads the kernel counts.
+class ControlGroup
+{
+public:
+	ControlGroup()
+	    : top_("/tmp/cgroups"), mount_("none", top_.path(), {}, "cgroup2", 0),
+	      controller_(top_.path() / "cgroup.subtree_control"), group_(top_.path() / "dio")
+	{
+	}
+
+	void join() const { put(group_.path() / "cgroup.procs", "0"); }
+	size_t bytes_read(const std::string &device) const
+	{
+		std::ifstream in(group_.path() / "io.stat");
+		const auto start = device + " rbytes=";
+		for (std::string line; std::getline(in, line);)
+			if (line.starts_with(start))
+				return std::stoull(line.substr(start.size()));
+		return 0;
+	}
+
+private:
+	static void put(const fs::path &path, std::string_view text)
+	{
+		const Fd fd(path, O_WRONLY);
+		if (::write(fd, text.data(), text.size()) != static_cast<ssize_t>(text.size()))
+			throw Error(path.string(), 0, text, errno_text(errno));
+	}
+
+	// The one that counts, of all groups from now on.
+	class Controller
+	{
+	public:
+		explicit Controller(fs::path control) : control_(std::move(control))
+		{
+			put(control_, "+io");
+		}
+		Controller(const Controller &) = delete;
+		Controller &operator=(const Controller &) = delete;
+		~Controller() { std::ofstream(control_) << "-io"; }
+
+	private:
+		fs::path control_;
+	};
+
+	Directory top_;
+	Mount mount_;
+	Controller controller_;
+	Directory group_;
 };
 
 class Tester
@@ -677,20 +779,52 @@ public:
 		if (::fstat(big.fd, &info))
 			throw Error(big.path.string(), 0, "fstat", errno_text(errno));
 		const auto stored = static_cast<size_t>(info.st_blocks) * 512;
+		const auto device = device_number(big);
 		for (const size_t step : {kPage, 16 * kPage, 16 * kPage}) {
 			const Mapping memory(step);
-			const auto before = bytes_read(info.st_dev);
+			const auto before = bytes_read(device);
 			for (size_t at = 0; at < big.size(); at += step)
 				expect(big.path, at, "bytes",
 				       static_cast<ssize_t>(big.expect(at, step).size()),
 				       ::pread(big.fd, memory.bytes().data(), step,
 					       static_cast<off_t>(at)));
 			// index blocks are read as well, and some behind the file
-			const auto bytes = bytes_read(info.st_dev) - before;
+			const auto bytes = bytes_read(device) - before;
 			if (bytes > stored + stored / 4)
 				throw Error(big.path.string() + " by " + std::to_string(step), 0,
 					    std::to_string(stored) + " bytes of the device",
 					    std::to_string(bytes));
+		}
+		return {};
+	}
+
+	// Workers that go on for somebody read on his account.
+	Result cgroup_of_submitter()
+	{
+		std::optional<ControlGroup> group;
+		try {
+			group.emplace();
+		} catch (const Error &) {
+			return "the kernel has no control groups that count reads";
+		}
+		for (const auto way : ways()) {
+			Volume volume(device_.node(), options_);
+			const auto device = device_number(volume.big);
+			const auto before = bytes_read(device), mine = group->bytes_read(device);
+			Child child([&] {
+				group->join();
+				Reads reads(volume.big, {{0, 12 * kMiB}}, way);
+				reads.submit();
+				reads.finish();
+				return 0;
+			});
+			child.expect_success();
+			const auto bytes = bytes_read(device) - before;
+			const auto counted = group->bytes_read(device) - mine;
+			if (counted < bytes - bytes / 16)
+				throw Error("io.stat of the reader", 0,
+					    std::to_string(bytes) + " bytes of " + device,
+					    std::to_string(counted));
 		}
 		return {};
 	}
@@ -735,25 +869,38 @@ public:
 		return {};
 	}
 
+	// So many that all workers a filesystem may have wait for the one that holds its image.
+	Result many_nested_requests()
+	{
+		if (!fs::exists("/dev/loop-control"))
+			return "the kernel has no loop device";
+		Volume volume(device_.node(), options_);
+		const Loop loop(volume.mount.where() / kPacked);
+		Linear device("erofs-dio-inside", loop.node());
+		const Directory inside("/tmp/inside");
+		const Mount mount(device.node(), inside.path());
+		const auto target = open_target(
+			mount.where(), kPackedFile,
+			slurp(fs::path(options_.truth) / kPackedDirectory / kPackedFile));
+		if (!target.packed)
+			throw Error(target.path.string(), 0, "a fragment", "extents of its own");
+		Child child([&] {
+			Reads reads(target, std::vector<Piece>(kMoreThanWorkers, {0, kPage}),
+				    Aio::available() ? Way::aio : Way::uring);
+			// or the image would be read before the others come
+			Suspended held(device);
+			reads.submit();
+			held.resume();
+			reads.finish();
+			return 0;
+		});
+		child.expect_success_soon("many reads of " + target.path.string());
+		return {};
+	}
+
 private:
 	static constexpr size_t kMany = 128;
-
-	// A directory to mount something at.
-	class Directory
-	{
-	public:
-		explicit Directory(fs::path path) : path_(std::move(path))
-		{
-			fs::create_directories(path_);
-		}
-		Directory(const Directory &) = delete;
-		Directory &operator=(const Directory &) = delete;
-		~Directory() { ::rmdir(path_.c_str()); }
-		const fs::path &path() const { return path_; }
-
-	private:
-		fs::path path_;
-	};
+	static constexpr size_t kMoreThanWorkers = 1500; // WQ_DFL_ACTIVE is 1024
 
 	// The tracepoint, where there is one.
 	class Trace
@@ -1087,17 +1234,6 @@ private:
 		return path;
 	}
 
-	static size_t bytes_read(dev_t device)
-	{
-		const auto path = "/sys/dev/block/" + std::to_string(major(device)) + ':' +
-				  std::to_string(minor(device)) + "/stat";
-		std::ifstream in(path);
-		size_t reads = 0, merged = 0, sectors = 0;
-		if (!(in >> reads >> merged >> sectors))
-			throw Error(path, 0, "counts of a device", "none");
-		return sectors * 512;
-	}
-
 	static void page_out(std::span<std::byte> bytes)
 	{
 		if (::madvise(bytes.data(), bytes.size(), MADV_PAGEOUT))
@@ -1146,8 +1282,11 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"swapped_memory", [&] { return tester.swapped_memory(); }},
 		{"huge_destinations", [&] { return tester.huge_destinations(); }},
 		{"sequential_reads_once", [&] { return tester.sequential_reads_once(); }},
+		{"cgroup_of_submitter", [&] { return tester.cgroup_of_submitter(); }},
 		{"many_requests", [&] { return tester.many_requests(); }},
 		{"unmount_after", [&] { return tester.unmount_after(); }},
+		// last, since whoever hangs there keeps what he uses
+		{"many_nested_requests", [&] { return tester.many_nested_requests(); }},
 	};
 }
 

@@ -30,7 +30,7 @@ constexpr size_t kArena = 8 * kMiB;
 constexpr size_t kSector = 512, kLarge = 4096;
 
 struct Options {
-	std::string plain, spread, mount, scratch;
+	std::string plain, spread, fine, fine_extra, mount, scratch;
 	std::vector<fs::path> extra;
 };
 
@@ -117,6 +117,19 @@ public:
 		return {};
 	}
 
+	// What starts a block of the device in the file and in memory need not do so on the device.
+	Result small_blocks_on_large_ones()
+	{
+		const Loop loop(options_.fine_extra, kLarge);
+		const Volume volume(erofs::Image(options_.fine, {options_.fine_extra}),
+				    options_.fine, options_.mount, "device=" + loop.node());
+		expect_alignment(volume, kSector);
+		read_buffered(volume);
+		read_all(volume, kSector);
+		read_all(volume, kLarge);
+		return {};
+	}
+
 	Result image_behind_something()
 	{
 		constexpr uint64_t kFront = 3 * kLarge;
@@ -171,6 +184,15 @@ private:
 				    options);
 		expect_alignment(volume, kLarge);
 		read_all(volume, kLarge);
+	}
+
+	// Otherwise nobody could read such an image.
+	static void read_buffered(const Volume &volume)
+	{
+		for (const auto &target : volume.files())
+			if (slurp(target.path) != target.truth)
+				throw Error(target.path.string(), 0, "the bytes of the truth",
+					    "other bytes");
 	}
 
 	// More pieces than a bio has room for, which then would end inside a block.
@@ -319,6 +341,9 @@ int main(int argc, char **argv)
 	app.add_option("--spread", options.spread, "one with an image that has extra devices")
 		->required();
 	app.add_option("--extra", options.extra, "these devices")->required();
+	app.add_option("--fine", options.fine, "one with blocks of 512 bytes and an extra device")
+		->required();
+	app.add_option("--fine-extra", options.fine_extra, "this device")->required();
 	app.add_option(
 		   "--scratch", options.scratch,
 		   "one with an ext2 that has copies of --plain and, with smaller blocks, small")
@@ -339,6 +364,8 @@ int main(int argc, char **argv)
 				{"file_read_directly", [&] { return tester.file_read_directly(); }},
 				{"second_device_with_large_blocks",
 				 [&] { return tester.second_device_with_large_blocks(); }},
+				{"small_blocks_on_large_ones",
+				 [&] { return tester.small_blocks_on_large_ones(); }},
 				{"image_behind_something",
 				 [&] { return tester.image_behind_something(); }},
 				{"failing_device", [&] { return tester.failing_device(); }}})

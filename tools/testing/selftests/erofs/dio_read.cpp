@@ -407,6 +407,8 @@ public:
 			return "no file of this image has compressed data of its own";
 		if (!fs::exists(kFaults) || !PathTrace::available())
 			return "the kernel has no fault injection, or no event erofs_dio_read";
+		if (keeps_freed_memory())
+			return "kmemleak gives up for good when it gets no memory";
 		for (const auto &[name, value] : {std::pair{"probability", 100},
 						  {"interval", 1},
 						  {"verbose", 0},
@@ -480,6 +482,27 @@ public:
 			}
 		}
 		if (!errors)
+			throw Error("the image", 0, "data that cannot be decoded", "none");
+		return {};
+	}
+
+	// What is decoded for the next request must not make this one fail.
+	Result sequential_damage()
+	{
+		constexpr size_t kStep = 64 * 1024, kAround = 4 * kStep;
+		bool any = false;
+		for (const auto &target : targets_) {
+			// what is in the page cache is not decoded
+			target.uncache();
+			size_t done = 0;
+			for (const auto bad : read_in_order(target, 0, target.size(), kStep)) {
+				any = true;
+				const auto begin = std::max(done, bad - std::min(bad, kAround));
+				done = std::min(bad + kAround, target.size());
+				read_in_order(target, begin, done, kPage);
+			}
+		}
+		if (!any)
 			throw Error("the image", 0, "data that cannot be decoded", "none");
 		return {};
 	}
@@ -577,6 +600,38 @@ private:
 			     static_cast<size_t>(got));
 		expect_bytes(target, offset, aligned(), static_cast<size_t>(got));
 		return static_cast<size_t>(got);
+	}
+
+	// Each request as if it was the first one of its file; returns where they fail.
+	std::vector<size_t> read_in_order(const Target &target, size_t begin, size_t end,
+					  size_t step)
+	{
+		const Fd fd(target.path, O_RDONLY | O_DIRECT);
+		std::byte *const alone = aligned() + step;
+		std::vector<size_t> failed;
+		for (auto offset = begin; offset < end; offset += step) {
+			const auto at = static_cast<off_t>(offset);
+			const Fd other(target.path, O_RDONLY | O_DIRECT);
+			const auto want = answer(::pread(other, alone, step, at));
+			const auto got = answer(::pread(fd, aligned(), step, at));
+			const auto what =
+				target.path.string() + ", in order by " + std::to_string(step);
+			reads_ += 2;
+			if (got != want)
+				throw Error(what, at, text(want), text(got));
+			if (got > 0 && std::memcmp(aligned(), alone, static_cast<size_t>(got)))
+				throw Error(what, at, "the bytes of a single read", "other bytes");
+			if (got < 0)
+				failed.push_back(offset);
+		}
+		return failed;
+	}
+
+	static ssize_t answer(ssize_t got) { return got < 0 ? -errno : got; }
+	static std::string text(ssize_t answer)
+	{
+		return answer < 0 ? errno_text(static_cast<int>(-answer))
+				  : std::to_string(answer) + " bytes";
 	}
 
 	static void check_buffered(const Target &target, size_t offset, size_t length)
@@ -757,7 +812,9 @@ bool run_all(Tester &tester, const std::string &name, uint64_t seed, const fs::p
 		{"pins_released", pins_released},
 	};
 	if (damaged)
-		groups = {{"damage", [&] { return tester.damage(); }}, groups.back()};
+		groups = {{"damage", [&] { return tester.damage(); }},
+			  {"sequential_damage", [&] { return tester.sequential_damage(); }},
+			  groups.back()};
 	std::vector<ktap::Case> cases;
 	for (const auto &[group, body] : groups)
 		cases.push_back({group, [&tester, body] {

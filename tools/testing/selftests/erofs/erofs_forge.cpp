@@ -310,6 +310,21 @@ std::vector<Image> images()
 			       .files = std::move(files),
 			       .block_bits = bits});
 	}
+	// Whoever reads whole pclusters of the second device reads blocks of 4 KiB.
+	all.push_back({.name = "plain-devices",
+		       .since = {6, 15},
+		       .files = {{"shifted", full,
+				  times(20, {plain(512), plain(9 * kBlock).on(1), plain(2 * 512),
+					     plain(kBlock).on(1)})},
+				 {"ext16", ext16,
+				  times(20, {plain(1), plain(5 * kBlock).on(1), lz4(12345),
+					     plain(3 * kBlock).on(1)})},
+				 {"straight", full, times(50, {plain(kBlock).on(1)})},
+				 {"data", full,
+				  times(3, {lz4(kMiB).filling(64 * kKiB).on(1), plain(512)})}},
+		       .block_bits = 9,
+		       .devices = {(1 << 20) + 3},
+		       .unknown_to_fsck = kDevicesUnknown});
 	all.push_back(
 		{.name = "interlaced",
 		 .since = {6, 15},
@@ -365,6 +380,21 @@ std::vector<Image> images()
 				    return extents;
 			    }()}},
 		 .unknown_to_fsck = "an unknown algorithm",
+		 .damaged = true});
+	// Where only who asks for the end of an extent should notice that something is wrong there.
+	all.push_back(
+		{.name = "torn",
+		 .since = {6, 15},
+		 .files = {{"lz4", full, times(2, {lz4(300000).torn(), lz4(70000)})},
+			   {"lz4-compact", compact, times(3, {lz4(100001).torn(), lz4(9000)})},
+			   {"zstd", compact, times(2, {zstd(500000).torn(), zstd(70000)})},
+			   {"deflate", full, times(2, {deflate(300000).torn(), deflate(70000)})},
+			   {"lzma", full, times(2, {lzma(300000).torn(), lzma(70000)})},
+			   {"records", ext16, times(2, {lz4(300000).torn(), zstd(500000).torn()})},
+			   {"indexes", full, times(9, {lz4(32000, noise).bloated(), lz4(70000)})},
+			   {"indexes-compact", compact,
+			    times(2, {lz4(128000, noise).bloated(), lz4(30000)})}},
+		 .unknown_to_fsck = "damaged data",
 		 .damaged = true});
 	all.push_back({.name = "holes-inside",
 		       .since = {7, 3},

@@ -26,6 +26,7 @@ namespace
 using Bytes = std::vector<std::byte>;
 using View = std::span<const std::byte>;
 using Kind = Extent::Kind;
+using Damage = Extent::Damage;
 
 constexpr size_t kSuper = 1024;
 constexpr size_t kDeviceSlot = 128, kDeviceTable = 10 * kDeviceSlot;
@@ -409,7 +410,9 @@ private:
 			return append_data(cluster, cluster.content, index ? 1 : block(), 0);
 		}
 		if (extent.kind == Kind::compressed || extent.kind == Kind::smaller) {
-			const auto data = encode(extent.algorithm, cluster.content);
+			auto data = encode(extent.algorithm, cluster.content);
+			if (extent.damage == Damage::torn)
+				tear(data);
 			const auto fits = data.size() <= extent.length;
 			if (fits || extent.kind == Kind::compressed) {
 				extent.kind = Kind::compressed;
@@ -427,6 +430,12 @@ private:
 			node.file->interlaced && !extent.tail && !(granular && extent.gap);
 		store_bytes(cluster, interlaced ? interlace(cluster) : cluster.content,
 			    granular && !interlaced, false);
+	}
+
+	static void tear(Bytes &data)
+	{
+		const auto last = std::span(data).last(data.size() / 4);
+		std::ranges::fill(last, std::byte{0xff});
 	}
 
 	void check_sizes(const Node &node, size_t index, size_t size) const
@@ -634,10 +643,15 @@ private:
 					  std::to_string(blocks) + " blocks");
 			else if (cluster->is(Kind::hole) && node.file->layout != Layout::full)
 				node.fail(index, "an lcluster without start in a hole", "none");
-			if (cluster->has_place() && compressed_data(*cluster) &&
-			    !partial_.contains(cluster) && cluster->extent.length < cluster->plen &&
-			    cluster->start + cluster->extent.length < node.size)
-				node.fail(index, "no more compressed than decoded data",
+			const bool longer = cluster->has_place() && compressed_data(*cluster) &&
+					    !partial_.contains(cluster) &&
+					    cluster->extent.length < cluster->plen &&
+					    cluster->start + cluster->extent.length < node.size;
+			const bool bloated = cluster->extent.damage == Damage::bloated;
+			if (longer != bloated)
+				node.fail(index,
+					  bloated ? "more compressed than decoded data"
+						  : "no more compressed than decoded data",
 					  std::to_string(cluster->plen));
 		}
 	}
@@ -781,7 +795,7 @@ private:
 			return static_cast<uint32_t>(cluster.extent.from);
 		auto value = static_cast<uint32_t>(cluster.plen);
 		if (compressed_data(cluster))
-			value |= (cluster.extent.broken
+			value |= (cluster.extent.damage == Damage::unknown
 					  ? 15
 					  : static_cast<uint32_t>(cluster.extent.algorithm) + 1)
 				 << kExtentFormat;

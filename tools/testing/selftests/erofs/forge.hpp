@@ -31,6 +31,7 @@ enum class Layout : uint8_t { flat, full, compact, compact_2b, ext4, ext8, ext16
 
 struct Extent {
 	enum class Kind : uint8_t { compressed, smaller, plain, hole, shared, fragment };
+	enum class Damage : uint8_t { none, unknown, torn, bloated };
 
 	Kind kind;
 	size_t length; // decoded
@@ -43,11 +44,15 @@ struct Extent {
 	std::string owner{};
 	size_t from = 0; // shared: which extent of its owner; fragment: where in the packed inode
 
-	bool broken = false; // by an algorithm that nobody knows
+	Damage damage = Damage::none;
 	bool at_block = false;
 
-	// Nobody can look it up (records only).
-	Extent unknown() && { return broken = true, std::move(*this); }
+	// By an algorithm that nobody knows: nobody can look it up (records only).
+	Extent unknown() && { return damage = Damage::unknown, std::move(*this); }
+	// Only its first part can be decoded.
+	Extent torn() && { return damage = Damage::torn, std::move(*this); }
+	// Longer than what it decodes to: who looks up where it ends finds that out (indexes only).
+	Extent bloated() && { return damage = Damage::bloated, std::move(*this); }
 	// Kept behind the indexes of the inode.
 	Extent inlined() && { return tail = true, std::move(*this); }
 	Extent on(unsigned number) && { return device = number, std::move(*this); }

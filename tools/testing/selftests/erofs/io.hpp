@@ -109,11 +109,11 @@ class Mount
 {
 public:
 	Mount(const std::string &device, std::filesystem::path where,
-	      const std::string &options = {}, const std::string &type = "erofs")
+	      const std::string &options = {}, const std::string &type = "erofs",
+	      unsigned long flags = MS_RDONLY)
 	    : where_(std::move(where))
 	{
-		if (::mount(device.c_str(), where_.c_str(), type.c_str(), MS_RDONLY,
-			    options.c_str()))
+		if (::mount(device.c_str(), where_.c_str(), type.c_str(), flags, options.c_str()))
 			throw Error("mount of " + device, 0, "success", errno_text(errno));
 	}
 	Mount(const Mount &) = delete;
