@@ -46,7 +46,7 @@
 /* What is kept for a sequential reader behind its last request */
 #define Z_EROFS_DIO_KEEP		SZ_1M
 /* .. how much of compressed data is read ahead for the next one */
-#define Z_EROFS_DIO_AHEAD		SZ_128K
+#define Z_EROFS_DIO_AHEAD		SZ_256K
 /* .. and this part of all memory for all of them */
 #define Z_EROFS_DIO_MAX_KEPT		256
 
@@ -86,6 +86,8 @@ static DEFINE_SPINLOCK(z_erofs_dio_kept_lock);
 static unsigned long z_erofs_dio_nr_kept;
 static struct shrinker *z_erofs_dio_shrinker;
 static struct bio_set z_erofs_dio_bioset;
+/* No request depends on them, so they are shared by all superblocks */
+static struct workqueue_struct *z_erofs_dio_helpers;
 
 /*
  * Bytes of the destination which follow each other in memory, apart from page
@@ -227,12 +229,15 @@ static int z_erofs_dio_new_seg(struct z_erofs_dio_dest *d, loff_t pos,
 static int z_erofs_dio_add(struct z_erofs_dio_dest *d, const struct bio_vec *bv,
 			   loff_t pos)
 {
-	struct page *last = d->nr_pages ? d->pages[d->nr_pages - 1] : NULL;
-	struct z_erofs_dio_seg *seg = d->segs + d->nr_segs - 1;
-	struct page *page = bv->bv_page;
+	struct page *page = bv->bv_page, *last = NULL;
 	unsigned int nr = DIV_ROUND_UP(bv->bv_offset + bv->bv_len, PAGE_SIZE);
+	struct z_erofs_dio_seg *seg = NULL;
 	int err;
 
+	if (d->nr_pages) {
+		last = d->pages[d->nr_pages - 1];
+		seg = d->segs + d->nr_segs - 1;
+	}
 	if (!last || offset_in_page(seg->base + seg->len) != bv->bv_offset ||
 	    (bv->bv_offset && last != page)) {
 		err = z_erofs_dio_new_seg(d, pos, bv->bv_offset);
@@ -642,7 +647,8 @@ z_erofs_dio_plain_dev(struct z_erofs_dio_window *w,
 	(void)erofs_map_dev(sb, &mdev);
 	mask = (bdev_logical_block_size(mdev.m_bdev) - 1) |
 		bdev_dma_alignment(mdev.m_bdev);
-	if ((from | w->rest | (mdev.m_pa + (from - map->m_la))) & mask)
+	mdev.m_pa += mdev.m_dif->fsoff + (from - map->m_la);
+	if ((from | w->rest | mdev.m_pa) & mask)
 		return NULL;
 	for (seg = z_erofs_dio_seg(&w->dest, from);
 	     !((seg->pos | seg->len | seg->base) & mask); ++seg)
@@ -1385,31 +1391,38 @@ static void z_erofs_dio_map_dest(struct z_erofs_dio_window *w)
 }
 
 /*
- * Share what is staged out to other CPUs.  Those which are too busy to begin
- * until nothing is left are not waited for.
+ * Share what is staged out to other CPUs.  They are chosen here, since workers
+ * which may run anywhere tend to be woken where this is running: on few CPUs a
+ * busy one is enough for the scheduler not to look for others.  Only those which
+ * current may use itself are asked, and those which are too busy to begin until
+ * nothing is left are not waited for.
  */
 static void z_erofs_dio_fill_all(struct z_erofs_dio_window *w)
 {
-	unsigned int nr, i;
+	unsigned int here = raw_smp_processor_id(), nr = 0, max, cpu;
 
 	if (w->err)
 		return;
 	z_erofs_dio_map_dest(w);
-	nr = min3(num_online_cpus() - 1, (u32)(w->end - w->pos) / Z_EROFS_DIO_HELP,
-		  w->nr_ext ? w->nr_ext - 1 : 0);
-	nr = min(nr, Z_EROFS_DIO_MAX_HELPERS);
+	max = min3((u32)(w->end - w->pos) / Z_EROFS_DIO_HELP,
+		   w->nr_ext ? w->nr_ext - 1 : 0, Z_EROFS_DIO_MAX_HELPERS);
 	atomic_set(&w->todo, w->nr_ext);
-	atomic_set(&w->busy, nr + 1);
+	atomic_set(&w->busy, 1);
 	init_completion(&w->helped);
-	for (i = 0; i < nr; ++i) {
-		w->helper[i].w = w;
-		INIT_WORK(&w->helper[i].work, z_erofs_dio_help);
-		queue_work(EROFS_I_SB(w->inode)->dio_workqueue,
-			   &w->helper[i].work);
+	for_each_cpu_wrap(cpu, current->cpus_ptr, here) {
+		if (nr == max)
+			break;
+		if (cpu == here || !cpu_online(cpu))
+			continue;
+		atomic_inc(&w->busy);
+		w->helper[nr].w = w;
+		INIT_WORK(&w->helper[nr].work, z_erofs_dio_help);
+		queue_work_on(cpu, z_erofs_dio_helpers, &w->helper[nr].work);
+		++nr;
 	}
 	z_erofs_dio_fill_some(w, &w->pagepool);
-	for (i = 0; i < nr; ++i)
-		if (cancel_work(&w->helper[i].work))
+	while (nr--)
+		if (cancel_work(&w->helper[nr].work))
 			atomic_dec(&w->busy);
 	if (!atomic_dec_and_test(&w->busy))
 		wait_for_completion(&w->helped);
@@ -1455,11 +1468,13 @@ static void z_erofs_dio_flush_dcache(struct z_erofs_dio_window *w)
 
 	if (!ARCH_IMPLEMENTS_FLUSH_DCACHE_PAGE)
 		return;
-	bio_list_for_each(bio, &w->bios)
-		bio_for_each_bvec(bv, bio, iter)
+	bio_list_for_each(bio, &w->bios) {
+		bio_for_each_bvec(bv, bio, iter) {
 			for (i = bv.bv_offset / PAGE_SIZE;
 			     i * PAGE_SIZE < bv.bv_offset + bv.bv_len; ++i)
 				flush_dcache_page(bv.bv_page + i);
+		}
+	}
 }
 
 /* Fill what has been staged; if there is more to come, stage it: true */
@@ -1757,15 +1772,24 @@ int __init z_erofs_dio_init(void)
 			  BIOSET_NEED_BVECS);
 	if (err)
 		return err;
+	z_erofs_dio_helpers = alloc_workqueue("erofs_dio_helper",
+					      WQ_PERCPU | WQ_HIGHPRI |
+					      WQ_CPU_INTENSIVE, 0);
+	if (!z_erofs_dio_helpers)
+		goto err_workqueue;
 	z_erofs_dio_shrinker = shrinker_alloc(0, "erofs-dio");
-	if (!z_erofs_dio_shrinker) {
-		bioset_exit(&z_erofs_dio_bioset);
-		return -ENOMEM;
-	}
+	if (!z_erofs_dio_shrinker)
+		goto err_shrinker;
 	z_erofs_dio_shrinker->count_objects = z_erofs_dio_shrink_count;
 	z_erofs_dio_shrinker->scan_objects = z_erofs_dio_shrink_scan;
 	shrinker_register(z_erofs_dio_shrinker);
 	return 0;
+
+err_shrinker:
+	destroy_workqueue(z_erofs_dio_helpers);
+err_workqueue:
+	bioset_exit(&z_erofs_dio_bioset);
+	return -ENOMEM;
 }
 
 /**
@@ -1776,6 +1800,7 @@ int __init z_erofs_dio_init(void)
 void z_erofs_dio_exit(void)
 {
 	shrinker_free(z_erofs_dio_shrinker);
+	destroy_workqueue(z_erofs_dio_helpers);
 	bioset_exit(&z_erofs_dio_bioset);
 }
 

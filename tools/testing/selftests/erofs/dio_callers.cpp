@@ -10,6 +10,7 @@
 #include <thread>
 
 #include <CLI/CLI.hpp>
+#include <sched.h>
 #include <sys/sendfile.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
@@ -798,6 +799,39 @@ public:
 		return {};
 	}
 
+	// Decoding is shared out to CPUs that the reader may use himself, and to no others.
+	Result other_cpus_help()
+	{
+		constexpr std::string_view event = "workqueue/workqueue_execute_start";
+		cpu_set_t cpus;
+		if (::sched_getaffinity(0, sizeof(cpus), &cpus))
+			throw Error("sched_getaffinity", 0, "success", errno_text(errno));
+		if (CPU_COUNT(&cpus) < 2)
+			return "there is one CPU only";
+		if (!EventTrace::available(event))
+			return "the kernel does not trace workqueues";
+		Volume volume(device_.node(), options_);
+		const auto helpers = [&] {
+			const EventTrace trace(event);
+			EventTrace::forget();
+			warm(volume.big);
+			return EventTrace::lines(" function z_erofs_dio_help").size();
+		};
+		// who begins when nothing is left does not help
+		eventually("other CPUs that help", [&] { return helpers() > 0; });
+		Child alone([&] {
+			CPU_ZERO(&cpus);
+			CPU_SET(::sched_getcpu(), &cpus);
+			if (::sched_setaffinity(0, sizeof(cpus), &cpus))
+				return errno;
+			expect("helpers of a reader with one CPU", 0, "none", 0,
+			       static_cast<ssize_t>(helpers()));
+			return 0;
+		});
+		alone.expect_success();
+		return {};
+	}
+
 	// Workers that go on for somebody read on his account.
 	Result cgroup_of_submitter()
 	{
@@ -1282,6 +1316,7 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"swapped_memory", [&] { return tester.swapped_memory(); }},
 		{"huge_destinations", [&] { return tester.huge_destinations(); }},
 		{"sequential_reads_once", [&] { return tester.sequential_reads_once(); }},
+		{"other_cpus_help", [&] { return tester.other_cpus_help(); }},
 		{"cgroup_of_submitter", [&] { return tester.cgroup_of_submitter(); }},
 		{"many_requests", [&] { return tester.many_requests(); }},
 		{"unmount_after", [&] { return tester.unmount_after(); }},

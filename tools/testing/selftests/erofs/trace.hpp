@@ -6,38 +6,64 @@
 #include <fstream>
 #include <set>
 #include <string>
+#include <string_view>
+#include <vector>
 
-// How the kernel says that it has served requests.
-class PathTrace
+// What the kernel tells of one kind of event.
+class EventTrace
 {
 public:
-	static bool available() { return std::filesystem::exists(event() / "enable"); }
-	// The trace has room for thousands of reads only: leave out what is of no interest.
-	explicit PathTrace(const std::string &filter = "0")
+	static bool available(std::string_view event)
 	{
-		std::ofstream(event() / "filter") << filter;
-		std::ofstream(event() / "enable") << 1;
+		return std::filesystem::exists(top() / "events" / event / "enable");
 	}
-	PathTrace(const PathTrace &) = delete;
-	PathTrace &operator=(const PathTrace &) = delete;
-	~PathTrace()
+	// The trace has room for thousands of events only: leave out what is of no interest.
+	explicit EventTrace(std::string_view event, const std::string &filter = "0")
+	    : event_(top() / "events" / event)
 	{
-		std::ofstream(event() / "enable") << 0;
-		std::ofstream(event() / "filter") << 0;
+		std::ofstream(event_ / "filter") << filter;
+		std::ofstream(event_ / "enable") << 1;
+	}
+	EventTrace(const EventTrace &) = delete;
+	EventTrace &operator=(const EventTrace &) = delete;
+	~EventTrace()
+	{
+		std::ofstream(event_ / "enable") << 0;
+		std::ofstream(event_ / "filter") << 0;
 	}
 
 	static void forget() { std::ofstream(top() / "trace", std::ios::trunc); }
-	static std::set<std::string> taken()
+	static std::vector<std::string> lines(std::string_view with)
 	{
 		std::ifstream trace(top() / "trace");
-		std::set<std::string> paths;
+		std::vector<std::string> found;
 		for (std::string line; std::getline(trace, line);)
-			if (line.find(" erofs_dio_read: ") != line.npos)
-				paths.insert(line.substr(line.rfind(' ') + 1));
-		return paths;
+			if (line.find(with) != line.npos)
+				found.push_back(line);
+		return found;
 	}
 
 private:
 	static std::filesystem::path top() { return "/sys/kernel/tracing"; }
-	static std::filesystem::path event() { return top() / "events/erofs/erofs_dio_read"; }
+
+	std::filesystem::path event_;
+};
+
+// How the kernel says that it has served requests.
+class PathTrace : public EventTrace
+{
+public:
+	static bool available() { return EventTrace::available(kEvent); }
+	explicit PathTrace(const std::string &filter = "0") : EventTrace(kEvent, filter) {}
+
+	static std::set<std::string> taken()
+	{
+		std::set<std::string> paths;
+		for (const auto &line : lines(" erofs_dio_read: "))
+			paths.insert(line.substr(line.rfind(' ') + 1));
+		return paths;
+	}
+
+private:
+	static constexpr std::string_view kEvent = "erofs/erofs_dio_read";
 };
