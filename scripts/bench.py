@@ -31,9 +31,9 @@ IMAGES = {"lz4-4k": ("lz4hc,9", 4, "lz4 -Xhc"), "lz4-16k": ("lz4hc,9", 16, "lz4 
           "lzma-64k": ("lzma", 64, "xz")}
 QUICK = ("lz4-4k", "lz4-16k", "lz4-64k")
 # what a pass reads of each file; each thread has one of its own; with little memory all of them, or
-# of the largest one, is read, which is several times what the guest has (8 threads need 96M)
+# of the largest one, is read, which is several times what the guest has (8 threads need 100M)
 PART, FILE, THREADS, LARGE = 16 * MIB, 32 * MIB, 8, 320 * MIB
-MEMORY = {"uml": {"ample": "1G", "low": "80M"}, "qemu": {"ample": "1G", "low": "96M"}}
+MEMORY = {"uml": {"ample": "1G", "low": "80M"}, "qemu": {"ample": "1G", "low": "104M"}}
 COUNTED = ("buffered", "direct", "thp", "floor")
 TOP = 15
 DISTORTS = """
