@@ -48,14 +48,14 @@ public:
 	}
 	Linear(std::string name, const std::filesystem::path &below,
 	       const std::vector<Sectors> &parts)
-	    : name_(std::move(name)), control_(kControl, O_RDWR)
+	    : name_(std::move(name)), below_(below), control_(kControl, O_RDWR)
 	{
 		Command create = command(0);
 		send(DM_DEV_CREATE, create);
 		const auto minor = (create.head.dev & 0xff) | ((create.head.dev >> 12) & 0xfff00);
 		node_ = "/dev/dm-" + std::to_string(minor);
 		try {
-			load(below, parts);
+			load(below_, parts);
 			resume();
 		} catch (const Error &) {
 			remove();
@@ -78,6 +78,15 @@ public:
 	{
 		Command resume = command(0);
 		send(DM_DEV_SUSPEND, resume);
+	}
+	// From now on all reads fail, or none does.
+	void fail(bool all)
+	{
+		const Sectors whole{device_size(below_) / 512,
+				    all ? std::nullopt : std::optional<uint64_t>(0)};
+		suspend();
+		load(below_, {whole});
+		resume();
 	}
 
 private:
@@ -131,6 +140,7 @@ private:
 	}
 
 	std::string name_, node_;
+	std::filesystem::path below_;
 	Fd control_;
 };
 

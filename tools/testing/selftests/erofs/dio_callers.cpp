@@ -68,8 +68,9 @@ public:
 	// Somebody is about to write into pinned pages, and will until he is let.
 	void wait_for_pins(long pages = 1) const
 	{
-		eventually("pages pinned for reads", [&] { return held() >= before_ + pages; });
+		eventually("pages pinned for reads", [&] { return more() >= pages; });
 	}
+	long more() const { return held() - before_; }
 	void check() const
 	{
 		eventually("pages pinned for reads that are over",
@@ -799,6 +800,74 @@ public:
 		return {};
 	}
 
+	// What could not be read ahead is read when it is needed.
+	Result read_ahead_fails()
+	{
+		Volume volume(device_.node(), options_);
+		const auto &big = volume.big;
+		warm(big);
+		constexpr size_t step = 16 * kPage;
+		const Mapping memory(step);
+		const auto read = [&](size_t at) {
+			const auto got = ::pread(big.fd, memory.bytes().data(), step,
+						 static_cast<off_t>(at));
+			if (got < 0)
+				return false;
+			const auto want = big.expect(at, step);
+			expect(big.path, at, "bytes", static_cast<ssize_t>(want.size()), got);
+			expect_bytes(big.path, at, want, memory.bytes().first(want.size()));
+			return true;
+		};
+		size_t served = 0;
+		for (size_t at = 0; at < big.size(); at += step) {
+			device_.fail(true);
+			const bool ahead = read(at);
+			device_.fail(false);
+			served += ahead;
+			if (ahead)
+				at += step;
+			if (at < big.size() && !read(at))
+				throw Error(big.path.string(), static_cast<off_t>(at), "data",
+					    errno_text(errno));
+		}
+		// otherwise nothing had been read ahead
+		if (!served)
+			throw Error(big.path.string(), 0, "reads that need no device", "none");
+		return {};
+	}
+
+	// A request has no more than a few windows pinned, whatever its length.
+	Result bounded_pins()
+	{
+		Volume volume(device_.node(), options_);
+		warm(volume.big);
+		const Mapping memory(16 * kMiB);
+		const PinBalance pins;
+		ssize_t got = 0;
+		std::jthread reader;
+		{
+			Suspended suspended(device_);
+			reader = std::jthread([&] {
+				got = ::pread(volume.big.fd, memory.bytes().data(), 16 * kMiB, 0);
+			});
+			pins.wait_for_pins();
+			long now = 0;
+			for (long last = -1; now != last; last = std::exchange(now, pins.more()))
+				std::this_thread::sleep_for(std::chrono::milliseconds(200));
+			suspended.resume();
+			constexpr auto most = static_cast<long>(4 * kMiB / kPage);
+			if (now > most)
+				throw Error(volume.big.path.string(), 0,
+					    "at most " + std::to_string(most) + " pinned pages",
+					    std::to_string(now));
+		}
+		reader.join();
+		expect(volume.big.path, 0, "bytes", 16 * kMiB, got);
+		expect_bytes(volume.big.path, 0, volume.big.expect(0, 16 * kMiB), memory.bytes());
+		pins.check();
+		return {};
+	}
+
 	// Decoding is shared out to CPUs that the reader may use himself, and to no others.
 	Result other_cpus_help()
 	{
@@ -1316,6 +1385,8 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"swapped_memory", [&] { return tester.swapped_memory(); }},
 		{"huge_destinations", [&] { return tester.huge_destinations(); }},
 		{"sequential_reads_once", [&] { return tester.sequential_reads_once(); }},
+		{"read_ahead_fails", [&] { return tester.read_ahead_fails(); }},
+		{"bounded_pins", [&] { return tester.bounded_pins(); }},
 		{"other_cpus_help", [&] { return tester.other_cpus_help(); }},
 		{"cgroup_of_submitter", [&] { return tester.cgroup_of_submitter(); }},
 		{"many_requests", [&] { return tester.many_requests(); }},

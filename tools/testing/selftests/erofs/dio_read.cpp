@@ -166,6 +166,11 @@ public:
 			}
 			std::vector<std::jthread> readers;
 			std::atomic<bool> wrong = false;
+			// what is in use must not be shrunk
+			const std::jthread shrinker([](const std::stop_token &stop) {
+				while (!stop.stop_requested())
+					std::ofstream("/proc/sys/vm/drop_caches") << 2;
+			});
 			for (size_t i = 0; i < 4; ++i)
 				readers.emplace_back([&, i] {
 					const Mapping memory(step);

@@ -132,6 +132,9 @@ public:
 		if (::madvise(part.data(), part.size(), advice_))
 			throw Error("madvise", advice_, "success", errno_text(errno));
 		prepared_ += advice_ == MADV_PAGEOUT ? swapped_pages(part) : part.size() / page;
+		// what is only read is in memory and in swap
+		for (size_t at = 0; advice_ == MADV_PAGEOUT && at < part.size(); at += 2 * page)
+			static_cast<void>(*const_cast<const volatile std::byte *>(&part[at]));
 	}
 
 	Memory advised(int advice) &&
