@@ -307,7 +307,7 @@ inline Memory private_mapping(size_t size, const MemorySetup &setup)
 	return Memory(size, MAP_PRIVATE, std::move(fd)).prepared_by(MADV_DONTNEED);
 }
 
-// Each read finds its pages in swap.
+// Each read finds its pages in swap, half of them in memory as well.
 inline Memory swapped(size_t size, const MemorySetup &setup)
 {
 	std::ifstream in("/proc/swaps");
