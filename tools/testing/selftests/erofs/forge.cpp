@@ -410,7 +410,10 @@ private:
 			return append_data(cluster, cluster.content, index ? 1 : block(), 0);
 		}
 		if (extent.kind == Kind::compressed || extent.kind == Kind::smaller) {
-			auto data = encode(extent.algorithm, cluster.content);
+			auto content = std::span(std::as_const(cluster.content));
+			if (extent.damage == Damage::early)
+				content = content.first(content.size() - 512);
+			auto data = encode(extent.algorithm, content);
 			if (extent.damage == Damage::torn)
 				tear(data);
 			const auto fits = data.size() <= extent.length;

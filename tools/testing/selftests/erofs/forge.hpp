@@ -31,7 +31,7 @@ enum class Layout : uint8_t { flat, full, compact, compact_2b, ext4, ext8, ext16
 
 struct Extent {
 	enum class Kind : uint8_t { compressed, smaller, plain, hole, shared, fragment };
-	enum class Damage : uint8_t { none, unknown, torn, bloated };
+	enum class Damage : uint8_t { none, unknown, torn, early, bloated };
 
 	Kind kind;
 	size_t length; // decoded
@@ -51,6 +51,8 @@ struct Extent {
 	Extent unknown() && { return damage = Damage::unknown, std::move(*this); }
 	// Only its first part can be decoded.
 	Extent torn() && { return damage = Damage::torn, std::move(*this); }
+	// What it decodes to ends inside its last page.
+	Extent early() && { return damage = Damage::early, std::move(*this); }
 	// Longer than what it decodes to: who looks up where it ends finds that out (indexes only).
 	Extent bloated() && { return damage = Damage::bloated, std::move(*this); }
 	// Kept behind the indexes of the inode.
