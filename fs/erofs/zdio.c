@@ -18,6 +18,7 @@
 #include <linux/cacheinfo.h>
 #include <linux/memremap.h>
 #include <linux/ratelimit.h>
+#include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <trace/events/erofs.h>
 
@@ -26,7 +27,7 @@
 /* Extents which are read and decoded together; fills 8KiB with the window */
 #define Z_EROFS_DIO_MAX_EXTENTS		236
 /* .. and their compressed pages; the last pcluster may go beyond */
-#define Z_EROFS_DIO_MAX_INPAGES		(SZ_512K / PAGE_SIZE)
+#define Z_EROFS_DIO_MAX_INPAGES		min(128, SZ_1M / PAGE_SIZE)
 /* They come from folios of this size, which are about as cheap as pages */
 #define Z_EROFS_DIO_FOLIO		BIT(PAGE_ALLOC_COSTLY_ORDER)
 /* .. or of up to this one for larger pclusters, if such are free */
@@ -59,6 +60,8 @@ struct z_erofs_dio_ahead {
 	struct erofs_device_info *dif;
 	erofs_off_t pa;			/* of the first page, within @dif */
 	unsigned int nr, nr_read;	/* pages; those behind are being read */
+	bool used;
+	unsigned int missed, wait;	/* requests for which nothing is read */
 	blk_status_t status;
 	struct completion done;
 	struct page *pages[Z_EROFS_DIO_AHEAD / PAGE_SIZE];
@@ -925,10 +928,15 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 	(void)erofs_map_dev(sb, &mdev);
 	/* extents which aren't aligned share blocks */
 	pa = round_down(mdev.m_pa + e->plen, i_blocksize(w->inode));
-	if (a->dif == mdev.m_dif && pa >= a->pa && !((pa - a->pa) & ~PAGE_MASK) &&
+	if (a->dif == mdev.m_dif && pa >= a->pa &&
 	    pa - a->pa < (erofs_off_t)a->nr << PAGE_SHIFT) {
 		z_erofs_dio_drop_ahead(a, (pa - a->pa) >> PAGE_SHIFT);
 	} else {
+		/* extents may be anywhere on the device: guess less often then */
+		if (a->nr) {
+			a->missed = a->used ? 0 : min(2 * a->missed + 1, 63U);
+			a->wait = a->missed;
+		}
 		z_erofs_dio_drop_ahead(a, a->nr);
 		a->dif = mdev.m_dif;
 		a->pa = pa;
@@ -937,6 +945,10 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 	pa = a->pa + mdev.m_dif->fsoff + ((erofs_off_t)a->nr << PAGE_SHIFT);
 	if (a->nr > w->req->ahead / 2 || pa >= end || z_erofs_dio_too_many())
 		return;
+	if (a->wait) {
+		--a->wait;
+		return;
+	}
 
 	bio = bio_alloc(mdev.m_bdev, w->req->ahead - a->nr,
 			REQ_OP_READ | REQ_RAHEAD, gfp);
@@ -960,6 +972,7 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 		bio_put(bio);
 		return;
 	}
+	a->used = false;
 	reinit_completion(&a->done);
 	submit_bio(bio);
 }
@@ -977,7 +990,7 @@ static bool z_erofs_dio_take_ahead(struct z_erofs_dio_window *w,
 	a = &w->req->keep->ahead;
 	(void)erofs_map_dev(w->inode->i_sb, &mdev);
 	pa = round_down(mdev.m_pa, i_blocksize(w->inode));
-	if (a->dif != mdev.m_dif || pa < a->pa || ((pa - a->pa) & ~PAGE_MASK))
+	if (a->dif != mdev.m_dif || pa < a->pa)
 		return false;
 	nr = (pa - a->pa) >> PAGE_SHIFT;
 	if (nr + e->inpages > a->nr)
@@ -988,6 +1001,7 @@ static bool z_erofs_dio_take_ahead(struct z_erofs_dio_window *w,
 		if (!a->nr)
 			return false;
 	}
+	a->used = true;
 	memcpy(in, a->pages + nr, e->inpages * sizeof(*in));
 	z_erofs_dio_get_pages(in, e->inpages);
 	return true;
@@ -1364,10 +1378,12 @@ static void z_erofs_dio_help(struct work_struct *work)
 {
 	struct z_erofs_dio_window *w =
 		container_of(work, struct z_erofs_dio_helper, work)->w;
+	unsigned int noio = memalloc_noio_save();
 	struct page *pool = NULL;
 
 	z_erofs_dio_fill_some(w, &pool);
 	erofs_release_pages(&pool);
+	memalloc_noio_restore(noio);
 	if (atomic_dec_and_test(&w->busy))
 		complete(&w->helped);
 }
@@ -1385,7 +1401,8 @@ static void z_erofs_dio_map_dest(struct z_erofs_dio_window *w)
 	    cpu_dcache_is_aliasing())
 		return;
 	if (d->nr_runs == 1 && !PageHighMem(d->pages[d->nr_pages - 1]))
-		d->addr = page_address(d->pages[0]);
+		/* neighbours may have been allocated with other tags */
+		d->addr = kasan_reset_tag(page_address(d->pages[0]));
 	else if (w->nr_ext > 1 && d->nr_runs > d->nr_pages / 16 + 1)
 		d->addr = erofs_vm_map_ram(d->pages, d->nr_pages);
 }
@@ -1559,9 +1576,12 @@ static void z_erofs_dio_work(struct work_struct *work)
 {
 	struct z_erofs_dio_window *w =
 		container_of(work, struct z_erofs_dio_window, work);
+	/* reclaim may wait for the submitter, who can be a block device */
+	unsigned int noio = memalloc_noio_save();
 
 	if (!z_erofs_dio_unstage(w))
 		z_erofs_dio_end(w);
+	memalloc_noio_restore(noio);
 }
 
 /* End windows of a synchronous request until no more than @nr are staged */
@@ -1988,7 +2008,8 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 	};
 	spin_lock_init(&rq->lock);
 	if (rq->sequential && iocb->ki_pos &&
-	    !erofs_is_fileio_mode(EROFS_I_SB(inode)))
+	    !erofs_is_fileio_mode(EROFS_I_SB(inode)) &&
+	    i_blocksize(inode) == PAGE_SIZE)
 		rq->ahead = min_t(loff_t, i_size_read(inode) - end,
 				  Z_EROFS_DIO_AHEAD) >> PAGE_SHIFT;
 	ret = iomap_dio_rw(iocb, to, &z_erofs_dio_iomap_ops, &z_erofs_dio_ops,

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -18,6 +19,8 @@
 #include <linux/dm-ioctl.h>
 #include <linux/loop.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 
 #include "io.hpp"
 
@@ -28,6 +31,22 @@ inline uint64_t device_size(const std::filesystem::path &device)
 	if (::ioctl(Fd(device, O_RDONLY), _IOR(0x12, 114, size_t), &bytes))
 		throw Error(device.string(), 0, "the size of a device", errno_text(errno));
 	return bytes;
+}
+
+inline std::string device_number(dev_t device)
+{
+	return std::to_string(major(device)) + ':' + std::to_string(minor(device));
+}
+
+// So far, by anybody.
+inline size_t bytes_read(const std::string &number)
+{
+	const auto path = "/sys/dev/block/" + number + "/stat";
+	std::ifstream in(path);
+	size_t reads = 0, merged = 0, sectors = 0;
+	if (!(in >> reads >> merged >> sectors))
+		throw Error(path, 0, "counts of a device", "none");
+	return sectors * 512;
 }
 
 // Sectors of a device from `start` on; reads of those without one fail.
@@ -142,6 +161,26 @@ private:
 	std::string name_, node_;
 	std::filesystem::path below_;
 	Fd control_;
+};
+
+// All reads of the device fail.
+class Failing
+{
+public:
+	explicit Failing(Linear &device) : device_(device) { device_.fail(true); }
+	Failing(const Failing &) = delete;
+	Failing &operator=(const Failing &) = delete;
+	~Failing()
+	{
+		try {
+			device_.fail(false);
+		} catch (const Error &) {
+			// what comes next fails, and says so
+		}
+	}
+
+private:
+	Linear &device_;
 };
 
 // Until resume(), no read of the device is served.  Whoever waits for one although he must not

@@ -151,6 +151,15 @@ Extents blocks_on(unsigned device, size_t count)
 	return times(count, {plain(kBlock).on(device)});
 }
 
+// Each second extent of another file, the last one first.
+Extents backwards(const std::string &owner, size_t count, size_t length)
+{
+	Extents all;
+	while (count -= 2)
+		all.push_back(shared(owner, count, length));
+	return all;
+}
+
 // In layouts where extents may lie anywhere.
 Extents blocks_of_records(size_t count, size_t block = kBlock)
 {
@@ -576,6 +585,7 @@ std::vector<Image> images()
 			    join(blocks_on(2, 1),
 				 times(50, join(blocks_on(1, 1), blocks_on(2, 1))))},
 			   {"end", full, blocks_on(1, 3)},
+			   {"backwards", full, backwards("one", 40, 99999)},
 			   {"across",
 			    full,
 			    {shared("end", 0, kBlock), shared("end", 1, kBlock),

@@ -20,7 +20,9 @@
 
 inline std::string errno_text(int code)
 {
-	return std::string(strerrorname_np(code)) + " (" + std::strerror(code) + ")";
+	// there are codes of the kernel that no program should ever see
+	const char *const name = strerrorname_np(code);
+	return (name ? name : std::to_string(code)) + " (" + std::strerror(code) + ")";
 }
 
 class Error : public std::runtime_error
@@ -105,6 +107,12 @@ inline size_t cached_pages(int fd)
 }
 
 // Unmounting waits for readahead in flight, which dropping caches would miss, and forgets the rest.
+// What the kernel knows nothing of, so that there is nothing to be tested.
+class Unknown : public Error
+{
+	using Error::Error;
+};
+
 class Mount
 {
 public:
@@ -113,8 +121,11 @@ public:
 	      unsigned long flags = MS_RDONLY)
 	    : where_(std::move(where))
 	{
-		if (::mount(device.c_str(), where_.c_str(), type.c_str(), flags, options.c_str()))
-			throw Error("mount of " + device, 0, "success", errno_text(errno));
+		if (!::mount(device.c_str(), where_.c_str(), type.c_str(), flags, options.c_str()))
+			return;
+		if (errno == EINVAL && !options.empty())
+			throw Unknown("mount of " + device, 0, options, errno_text(errno));
+		throw Error("mount of " + device, 0, "success", errno_text(errno));
 	}
 	Mount(const Mount &) = delete;
 	Mount &operator=(const Mount &) = delete;
