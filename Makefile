@@ -21,7 +21,7 @@ help:
 	@echo 'DATA=DIR      make run: images made of your own directory'
 	@echo 'ONLY=GLOB     make check: only the guests of this name (lz4*, qemu.*)'
 	@echo 'SAN=1         make check: on kernels with KASAN, UBSAN, lockdep and kmemleak'
-	@echo 'SOAK=N        make check: N seconds more for what looks for races'
+	@echo 'SOAK=N        make check: N seconds of random reads of each image, instead of READS'
 	@echo 'READS=N       make check: random reads of each image, about (default: 5000)'
 	@echo 'FULL=1        make bench: all cells, which takes hours'
 	@echo 'SEED=N        make check: seed of what is random (default: 1)'

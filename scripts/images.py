@@ -45,8 +45,8 @@ FEATURES: dict[str, tuple[str, tuple[int, int]]] = {
     "zstd-64k": ("-zzstd -C65536", (6, 10)),
     "zstd-1m": ("-zzstd -C1048576", (6, 10)),
     "full-index": ("-zzstd -C16384 -Elegacy-compress", (6, 10)),
-    "tails": ("-zlz4 -C16384 -Eztailpacking", (5, 17)),
-    "fragments": ("-zlz4hc -C65536 -Efragments", (6, 1)),
+    "ztailpacking": ("-zlz4 -C16384 -Eztailpacking", (5, 17)),
+    "lz4hc-fragments": ("-zlz4hc -C65536 -Efragments", (6, 1)),
     "all-fragments": ("-zzstd -C16384 -Eall-fragments", (6, 10)),
     # without a limit mkfs.erofs takes minutes for the runs of zeros
     "dedupe": ("-zlz4 -C16384 -Ededupe --max-extent-bytes=65536", (6, 1)),
@@ -54,9 +54,9 @@ FEATURES: dict[str, tuple[str, tuple[int, int]]] = {
     "extents-48bit": ("-zlz4 -C65536 -E48bit", (6, 15)),
     "extents-48bit-dedupe": ("-zzstd -C65536 -E48bit,dedupe,fragments", (6, 15)),
     "metabox": ("-zlz4 -C65536 -m65536:zstd --MZ=id", (6, 17)),
-    "block-512": ("-zlz4 -C4096 -b512 --fsalignblks=8", (6, 4)),
-    "block-1024": ("-zzstd -C16384 -b1024 --fsalignblks=4", (6, 10)),
-    "plain": ("", (5, 4)),
+    "lz4-block-512": ("-zlz4 -C4096 -b512 --fsalignblks=8", (6, 4)),
+    "zstd-block-1024": ("-zzstd -C16384 -b1024 --fsalignblks=4", (6, 10)),
+    "uncompressed": ("", (5, 4)),
     "chunks": ("--chunksize=65536", (5, 15)),
 }
 

@@ -24,11 +24,20 @@ JOBS = os.environ.get("JOBS") or str(len(os.sched_getaffinity(0)))
 OURS = {"BASE", "KSRC", "IMAGE", "DATA", "CACHE", "JOBS", "SAN", "SOAK", "READS", "SEED", "ONLY",
         "REPLAY", "FULL", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES",
         "ARCH", "CROSS_COMPILE", "KBUILD_OUTPUT", "GIT_DIR", "GIT_WORK_TREE"}
+WEEK = 7 * 24 * 3600
 FULL = "disk full: free space or set CACHE= to a directory with room"
 
 
 class Failure(Exception):
     """Something the user can act on; its text is the whole message."""
+
+
+def number(name: str, default: int, least: int = 0) -> int:
+    """What the user has set."""
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < least:
+        raise Failure(f"{name}={text}: set it to a number from {least} to 999999999")
+    return int(text)
 
 
 def say(text: str) -> None:
@@ -38,9 +47,10 @@ def say(text: str) -> None:
 
 def main(fn: Callable[[], Any]) -> None:
     # SystemExit unwinds the stack, so that children are ended and half-made entries removed
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda n, _: sys.exit(128 + n))
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, lambda n, _: sys.exit(128 + n))
     try:
+        number("JOBS", 1, least=1)
         fn()
     except KeyboardInterrupt:
         sys.exit(130)

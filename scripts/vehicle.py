@@ -26,7 +26,8 @@ from ui import FULL, REPO, Failure, cache_dir, run, say
 # only lines of the kernel log count: what a test program prints is its own business
 BAD = re.compile(r"\[ *\d+\.\d{6}\].*(Kernel panic|BUG:|WARNING:|Oops|KASAN|UBSAN|KMSAN|KCSAN"
                  r"|possible circular locking|possible recursive locking|inconsistent lock state"
-                 r"|suspicious RCU usage|sleeping function called|blocked for more than"
+                 r"|suspicious RCU usage|sleeping function called|trying to register non-static"
+                 r"|self-detected stall|detected stalls on"
                  r"|general protection fault|pagealloc: |kmemleak: \d+ new)")
 BUSYBOX = Path("/bin/busybox")
 CPUS = sorted(os.sched_getaffinity(0))
@@ -71,8 +72,9 @@ class Guest:
     def _pids(self) -> Iterator[int]:
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                session = path.joinpath("stat").read_text().rpartition(")")[2].split()[3]
-                if int(session) == self.process.pid:
+                fields = path.joinpath("stat").read_text().rpartition(")")[2].split()
+                # where nobody reaps orphans they stay, dead as they are
+                if int(fields[3]) == self.process.pid and fields[0] != "Z":
                     yield int(path.name)
             except OSError:
                 pass

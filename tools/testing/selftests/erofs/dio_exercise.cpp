@@ -1131,9 +1131,11 @@ int main(int argc, char **argv)
 				    seconds, threads);
 		if (spec.empty())
 			return exerciser.run_all(name) ? 0 : 1;
-		exerciser.replay(parse_batch(spec));
-		ktap::line("the bytes are right");
-		return 0;
+		const ktap::Case replay{"replay", [&] {
+						exerciser.replay(parse_batch(spec));
+						return std::nullopt;
+					}};
+		return ktap::run(name, {replay}) ? 0 : 1;
 	} catch (const std::exception &error) {
 		ktap::line(std::string("Bail out! ") + error.what());
 		return 1;

@@ -179,11 +179,10 @@ public:
 						const auto got =
 							::pread(fd, memory.bytes().data(), step,
 								static_cast<off_t>(at));
-						wrong = got != static_cast<ssize_t>(want.size()) ||
-							std::memcmp(memory.bytes().data(),
-								    want.data(), want.size());
-						if (wrong)
-							break;
+						if (got != static_cast<ssize_t>(want.size()) ||
+						    std::memcmp(memory.bytes().data(), want.data(),
+								want.size()))
+							wrong = true;
 					}
 				});
 			readers.clear();

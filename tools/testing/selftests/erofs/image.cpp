@@ -1198,11 +1198,6 @@ Image::Image(Image &&) noexcept = default;
 
 Image::~Image() = default;
 
-unsigned Image::block_size() const
-{
-	return static_cast<unsigned>(volume_->disk.block());
-}
-
 std::vector<Entry> Image::files() const
 {
 	return volume_->files();

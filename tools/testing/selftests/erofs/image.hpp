@@ -60,7 +60,6 @@ public:
 	Image(Image &&) noexcept;
 	~Image();
 
-	unsigned block_size() const;
 	// All regular files, sorted by path.
 	std::vector<Entry> files() const;
 	// In file order, contiguous, up to the size of the file.
