@@ -18,7 +18,8 @@ import programs
 import vehicle
 from images import MIB, Data, Image, describe, machine_data, make_image
 from kernel import ARCHES, Kernel, kernel
-from ui import JOBS, REPO, Failure, cache_dir, digest, entry, main, output, run, say, step
+from ui import (JOBS, REPO, Failure, cache_dir, digest, entry, main, number, output, run, say,
+                step)
 
 PACKAGES = ("gcc-aarch64-linux-gnu", "g++-aarch64-linux-gnu", "libc6-dev-arm64-cross",
             "qemu-system-arm", "squashfs-tools", "gnuplot-nox")
@@ -38,7 +39,9 @@ COUNTED = ("buffered", "direct", "thp", "floor")
 TOP = 15
 DISTORTS = """
 What the vehicles distort. qemu: emulated code, so that decoders, which are computation, take a
-larger part of the time than on hardware, and latencies are those of the emulator. uml: one CPU, so
+larger part of the time than on hardware, and latencies are those of the emulator; where the linker
+puts functions matters as well: of two kernels which differed in direct reads only, buffered reads
+were 1.3 to 1.6 apart, so compare ratios of one kernel, and none that are close. uml: one CPU, so
 that nothing decodes beside the reader, and mapping kernel memory (vmap), as LZ4 does for what is
 not contiguous, is several times as dear as on hardware: its LZ4 ratios flatter direct reads where
 they map less and are no headline. arm64: executed instructions, which know neither cache misses
@@ -362,6 +365,8 @@ def bench() -> None:
     apt.ensure(*PACKAGES)
     if args.rounds < 1:
         raise Failure(f"--rounds {args.rounds}: at least one is needed")
+    if args.cell and not args.count:
+        raise Failure("--cell is for --count only: add it")
     words = {word for word in args.cell.split(",") if word}
     if unknown := words - {*QUICK, *SIZES, *COUNTED}:
         raise Failure(f"--cell: no such thing as {', '.join(sorted(unknown))}: there are "
@@ -372,7 +377,7 @@ def bench() -> None:
                      args.rounds)
         show_counts(rows, bool(words))
         return
-    full = os.environ.get("FULL") == "1"
+    full = bool(number("FULL", 0))
     names = list(IMAGES if full else QUICK)
     rows = count(list(QUICK) if full else ["lz4-4k", "lz4-64k"],
                  list(SIZES) if full else ["64K", "1M"], list(COUNTED), args.rounds)

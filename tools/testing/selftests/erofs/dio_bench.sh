@@ -13,7 +13,7 @@ usage() {
 	-p      device with an uncompressed EROFS image of the same files
 	-s      device with a squashfs of the same files
 	-r      passes of each column (5)
-	-o      where to write bench.json and bench.md (.), beside which an older one is shown
+	-o      where to write bench.rows, bench.json and bench.md (.); an older one is shown beside it
 	END
 	exit 2
 }
@@ -24,7 +24,7 @@ fail() {
 }
 
 plain='' squashfs='' rounds=5 out=.
-while getopts p:s:r:o: option; do
+while getopts hp:s:r:o: option; do
 	case $option in
 	p) plain=$OPTARG ;;
 	s) squashfs=$OPTARG ;;
@@ -45,6 +45,7 @@ done
 for disk in "$device" ${plain:+"$plain"} ${squashfs:+"$squashfs"}; do
 	[ -b "$disk" ] || fail "$disk: no block device"
 done
+[ -w "$out/." ] || fail "$out: no directory to write the report to"
 [ "$(id -u)" = 0 ] || fail "mounting and dropping caches needs root"
 
 work=$(mktemp -d)
@@ -54,20 +55,20 @@ trap 'umount "$mount" 2>/dev/null || :; rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
 
 mount -t erofs -o ro "$device" "$mount"
-smallest='' files=''
+# shells of phones count in 32 bits: MiB will do, and passes that last for seconds on a slow device
+smallest=256 files=''
 for file; do
 	[ -f "$mount/$file" ] || fail "$file: no regular file of the image on $device"
 	case $file in
 	*[\"\\]*) fail "$file: a name with quotes or backslashes" ;;
 	esac
-	size=$(stat -c %s "$mount/$file")
-	[ -n "$smallest" ] && [ "$smallest" -le "$size" ] || smallest=$size
+	size=$(stat -c %s "$mount/$file" | awk '{ print int($1 / 1048576) }')
+	[ "$smallest" -le "$size" ] || smallest=$size
 	files="$files${files:+, }\"$file\""
 done
 umount "$mount"
-# passes that last for seconds on a slow device are enough
-bytes=$((smallest < 256 << 20 ? smallest >> 20 << 20 : 256 << 20))
-[ $bytes -ge 1048576 ] || fail "the smallest file has $smallest bytes: a MiB is needed"
+[ "$smallest" -ge 1 ] || fail "the smallest file has less than a MiB, which is needed"
+bytes=$((smallest << 20))
 
 column() { # name mode device filesystem huge
 	printf '{"name": "%s", "mode": "%s", "device": "%s", "filesystem": "%s", "huge": %s, ' \
@@ -97,20 +98,20 @@ columns() {
 }
 
 cell() { # pattern request threads depth
-	most=$(($1_requests * $2))
 	[ "$bytes" -ge "$2" ] || return 0
+	most=$bytes
+	# random requests take their time each, and a thousand of them tell
+	[ "$1" = sequential ] || [ $((bytes / $2)) -lt 1024 ] || most=$((1024 * $2))
 	# a phone may not have that much for buffers
 	[ $(($2 * $3 * ($4 ? $4 : 1))) -le $((128 << 20)) ] || return 0
 	printf '%s{"parameters": {"vehicle": "%s", "pattern": "%s", "request": %d, ' \
 		"$comma" "$(uname -nm | tr ' ' -)" "$1" "$2"
 	printf '"threads": %d, "depth": %d, "memory": "ample", "data": "own"}, ' "$3" "$4"
-	printf '"bytes": %d, "columns": [%s]}' $((most < bytes ? most : bytes)) "$(columns)"
+	printf '"bytes": %d, "columns": [%s]}' "$most" "$(columns)"
 	comma=', '
 }
 
-# random requests take their time each, and a thousand of them tell
-# shellcheck disable=SC2034 # named by cell
-sequential_requests=1048576 random_requests=1024 comma=''
+comma=''
 {
 	printf '['
 	for pattern in sequential random; do
@@ -128,9 +129,9 @@ sequential_requests=1048576 random_requests=1024 comma=''
 status=0
 "$here/dio_bench" --plan "$work/plan.json" --mount "$mount" --rounds "$rounds" \
 	>"$work/output" || status=$?
-sed -n 's/^@json //p' "$work/output" >"$work/rows"
+sed -n 's/^@json //p' "$work/output" >"$out/bench.rows"
 if [ $status != 0 ]; then
-	tail -n 1 "$work/rows" >&2
+	tail -n 1 "$out/bench.rows" >&2
 	fail "dio_bench ended with status $status"
 fi
 before=''
@@ -138,5 +139,5 @@ if [ -e "$out/bench.json" ]; then
 	mv "$out/bench.json" "$out/bench-before.json"
 	before=$out/bench-before.json
 fi
-"$here/dio_report" "$work/rows" --json "$out/bench.json" --markdown "$out/bench.md" \
+"$here/dio_report" "$out/bench.rows" --json "$out/bench.json" --markdown "$out/bench.md" \
 	${before:+--before "$before"}

@@ -93,6 +93,8 @@ public:
 	void add(const fs::path &path)
 	{
 		std::ifstream in(path);
+		if (!in)
+			throw Error(path.string(), 0, "a file", errno_text(errno));
 		off_t number = 0;
 		for (std::string line; std::getline(in, line); ++number)
 			try {
@@ -111,8 +113,9 @@ public:
 		for (auto &cell : cells_) {
 			const auto floor = cell.value("floor", "instructions");
 			for (auto &[name, metrics] : cell.columns)
-				if (floor && name != "floor")
-					for (const auto &[round, value] : metrics["instructions"])
+				if (const auto counted = metrics.find("instructions");
+				    floor && name != "floor" && counted != metrics.end())
+					for (const auto &[round, value] : counted->second)
 						metrics["beside"][round] = value - floor->median;
 		}
 	}
@@ -286,6 +289,9 @@ Json judged(const Demand &demand, const Cell &cell, double value)
 Json judge(const std::vector<Cell> &cells)
 {
 	Json all = Json::array();
+	// of an image of somebody's own, nothing is known that could be demanded of it
+	const bool known = std::ranges::any_of(
+		cells, [](const Cell &cell) { return cell.parameters.contains("algorithm"); });
 	for (const auto &demand : demands()) {
 		const auto before = all.size();
 		for (const auto &cell : cells) {
@@ -299,7 +305,7 @@ Json judge(const std::vector<Cell> &cells)
 						     demand.below.empty() ? value->high / mib
 									  : value->median));
 		}
-		if (all.size() == before)
+		if (known && all.size() == before)
 			all.push_back({{"name",
 					demand.name + ": " + demand.above +
 						(demand.below.empty() ? "" : " / " + demand.below)},
