@@ -662,14 +662,16 @@ private:
 	// ones.
 	void expect_prefix(const Target &target, size_t writable, size_t missing)
 	{
-		const auto rounded = (writable + kPage - 1) / kPage * kPage;
-		const Mapping memory(kPage + rounded + missing);
+		const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+		const auto rounded = (writable + page - 1) / page * page;
+		const Mapping memory(page + rounded + missing);
 		const auto bytes = memory.bytes();
-		::mprotect(bytes.data() + kPage + rounded, missing, PROT_NONE);
-		judge_.refill(bytes.first(kPage));
+		if (::mprotect(bytes.data() + page + rounded, missing, PROT_NONE))
+			throw Error("memory", 0, "mprotect", errno_text(errno));
+		judge_.refill(bytes.first(page));
 		++reads_;
 		const auto start = rounded - writable / target.block * target.block;
-		const auto got = ::pread(target.fd, bytes.data() + kPage + start,
+		const auto got = ::pread(target.fd, bytes.data() + page + start,
 					 rounded - start + missing, 0);
 		if (got < 0 && errno != EFAULT)
 			throw Error(target.path.string(), 0, "EFAULT or fewer bytes",
@@ -679,9 +681,9 @@ private:
 				    "at most " + std::to_string(rounded - start) + " bytes",
 				    std::to_string(got));
 		if (got > 0)
-			expect_bytes(target, 0, bytes.data() + kPage + start,
+			expect_bytes(target, 0, bytes.data() + page + start,
 				     static_cast<size_t>(got));
-		if (std::memcmp(bytes.data(), pattern_.data(), kPage))
+		if (std::memcmp(bytes.data(), pattern_.data(), page))
 			throw Error(target.path.string(), 0, "untouched bytes before the buffer",
 				    "changed ones");
 	}

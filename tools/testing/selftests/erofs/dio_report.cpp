@@ -397,6 +397,8 @@ private:
 
 std::string demands_table(const Json &demands, const Previous &previous)
 {
+	if (demands.empty())
+		return {};
 	Table table({"must hold", "cell", "value", "bound", "", "before"});
 	for (const auto &item : demands)
 		table.row({item["name"], item["cell"],
