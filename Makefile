@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # Direct reads of compressed EROFS files. `make help` tells what can be made.
 
-export BASE KSRC IMAGE DATA CACHE JOBS SAN SOAK READS SEED ONLY REPLAY FULL
+export BASE KSRC IMAGE DATA CACHE JOBS SAN SOAK READS SEED ONLY REPLAY FULL PAGES
 
 # another python first in PATH would not see Debian's modules
 PYTHON := /usr/bin/python3 -B
@@ -21,6 +21,7 @@ help:
 	@echo 'DATA=DIR      make run: images made of your own directory'
 	@echo 'ONLY=GLOB     make check: only the guests of this name (lz4*, qemu.*)'
 	@echo 'SAN=1         make check: on kernels with KASAN, UBSAN, lockdep and kmemleak'
+	@echo 'PAGES=16K     make check: all images on arm64 with such pages (emulated), instead'
 	@echo 'SOAK=N        make check: N seconds of random reads of each image, instead of READS'
 	@echo 'READS=N       make check: random reads of each image, about (default: 5000)'
 	@echo 'FULL=1        make bench: all cells, which takes hours'

@@ -21,7 +21,8 @@ from kernel import Kernel, kernel
 from programs import programs
 from ui import JOBS, REPO, WEEK, Failure, main, number, say, step
 
-TIMEOUT = {"uml": 900, "qemu": 1800, "uml-san": 1800, "qemu-san": 3600}
+TIMEOUT = {"uml": 900, "qemu": 1800, "arm64": 1800}
+SLOWER = 2  # with sanitizers
 MEMORY = 2 << 30  # that a guest may come to need, QEMU's own included
 BOTH = ("qemu", "uml")
 ON_QEMU = ("lz4hc-64k", "zstd-64k", "lz4hc-fragments")
@@ -48,6 +49,15 @@ class Settings:
     seed: int
     only: str
     replay: str
+    pages: str
+
+    @property
+    def vehicles(self) -> tuple[str, ...]:
+        return BOTH if self.pages == "4K" else ("arm64",)
+
+    @property
+    def variant(self) -> str:
+        return ("-san" if self.san else "") + ("" if self.pages == "4K" else "-16k")
 
     @property
     def seconds(self) -> int:
@@ -56,9 +66,12 @@ class Settings:
 
     @staticmethod
     def read() -> "Settings":
+        pages = os.environ.get("PAGES") or "4K"
+        if pages not in ("4K", "16K"):
+            raise Failure(f"PAGES={pages}: set it to 4K or 16K")
         return Settings(bool(number("SAN", 0)), number("SOAK", 0), number("READS", READS),
                         number("SEED", 1), os.environ.get("ONLY") or "*",
-                        os.environ.get("REPLAY") or "")
+                        os.environ.get("REPLAY") or "", pages)
 
 
 @dataclass(frozen=True)
@@ -180,7 +193,8 @@ def guest(built: Kernel, job: Job, tools: list[Path], slot: int) -> list[Test]:
     try:
         vehicle.boot(built, programs=tools, script=job.script, disks=list(job.disks),
                      truth=job.truth, args=args, slot=slot,
-                     timeout=TIMEOUT[built.variant] + job.seconds,
+                     timeout=TIMEOUT[built.vehicle]
+                     * (SLOWER if "san" in built.variant.split("-") else 1) + job.seconds,
                      on_line=lambda line, _: ktap.line(line))
     except Failure as failure:
         ktap.frames.clear()
@@ -237,19 +251,20 @@ def images_of(settings: Settings, vehicle_name: str) -> list[tuple[Image, tuple[
     """Emulation and sanitizers are slow: a sixth of the data is for them."""
     if vehicle_name == "qemu":
         return check_images(ON_QEMU, 6)
-    return check_images(tuple(FEATURES), 6 if settings.san else 1) + forged_images()
+    return check_images(tuple(FEATURES), 6 if settings.san or vehicle_name == "arm64" else 1) \
+        + forged_images()
 
 
-def damage_job(settings: Settings, image: Image, since: tuple[int, ...]) -> Job:
+def damage_job(settings: Settings, name: str, image: Image, since: tuple[int, ...]) -> Job:
     return Job(image.name, mount(image) + dio_read(settings, image, "--damaged"),
-               disks=(image.path,),
+               vehicles=(name,), disks=(image.path,),
                truth=image.data.truth, since=since)
 
 
 def image_jobs(settings: Settings, name: str) -> Iterator[Job]:
     for image, since in images_of(settings, name):
         if image.damaged:
-            yield damage_job(settings, image, since)
+            yield damage_job(settings, name, image, since)
             continue
         # a call that dio_exercise printed begins with API@MEMORY;
         both = not settings.replay
@@ -261,8 +276,8 @@ def image_jobs(settings: Settings, name: str) -> Iterator[Job]:
                      if both or ";" in settings.replay else ""),
                   vehicles=(name,), disks=(image.path, *image.devices), truth=image.data.truth,
                   since=since, seconds=settings.seconds, skip=image.unmountable)
-        if name == "uml" and image.name in DAMAGED and not settings.replay:
-            yield damage_job(settings, damage(image), since)
+        if name != "qemu" and image.name in DAMAGED and not settings.replay:
+            yield damage_job(settings, name, damage(image), since)
 
 
 def caller_job() -> Job:
@@ -293,11 +308,11 @@ def device_job() -> Job:
 
 def all_jobs(settings: Settings) -> list[Job]:
     """What make check does: add to this list."""
-    jobs = [job for name in BOTH for job in image_jobs(settings, name)]
+    jobs = [job for name in settings.vehicles for job in image_jobs(settings, name)]
     if not settings.replay:
         jobs.append(caller_job())
         jobs.append(device_job())
-        jobs.append(Job("kunit", vehicles=BOTH,
+        jobs.append(Job("kunit", vehicles=settings.vehicles,
                         args=("kunit.enable=1", "kunit.filter_glob=erofs*")))
     return jobs
 
@@ -314,7 +329,7 @@ def host_tests(settings: Settings, tools: list[Path]) -> list[Test]:
 def chosen(settings: Settings) -> list[tuple[str, Job]]:
     """Vehicles and jobs, the slow ones first: what begins last should not end last."""
     jobs = all_jobs(settings)
-    every = [(name, job) for name in BOTH for job in jobs if name in job.vehicles]
+    every = [(name, job) for name in settings.vehicles for job in jobs if name in job.vehicles]
     some = [(name, job) for name, job in every
             if fnmatch.fnmatch(job.name, settings.only)
             or fnmatch.fnmatch(f"{name}.{job.name}", settings.only)]
@@ -332,10 +347,10 @@ def places() -> int:
 
 def all_tests(settings: Settings) -> list[Test]:
     plan = chosen(settings)
-    tools = programs()
-    tests = host_tests(settings, tools)
-    built = {name: kernel(f"{name}-san" if settings.san else name)
-             for name in sorted({name for name, _ in plan}, reverse=True)}
+    tests = host_tests(settings, programs())
+    names = sorted({name for name, _ in plan}, reverse=True)
+    tools = {name: programs(name) for name in names}
+    built = {name: kernel(name + settings.variant) for name in names}
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(count := places()):
         slots.put(slot)
@@ -343,7 +358,7 @@ def all_tests(settings: Settings) -> list[Test]:
     def one(name: str, job: Job) -> list[Test]:
         slot = slots.get()
         try:
-            return guest(built[name], job, tools, slot)
+            return guest(built[name], job, tools[name], slot)
         finally:
             slots.put(slot)
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import apt
-from kernel import ARCHES, Kernel
+from kernel import ARCHES, Arch, Kernel
 from ui import JOBS, REPO, Failure, digest, entry, output, run, step
 
 SOURCE = REPO / "tools/testing/selftests/erofs"
@@ -13,6 +13,8 @@ NAMES = ("dio_callers", "dio_devices", "dio_exercise", "dio_read", "dio_speed", 
          "erofs_oracle")
 # libraries that are nothing but headers, the same for all architectures
 HEADERS = ("CLI", "nlohmann")
+LIBRARIES = ("libaio-dev", "liblz4-dev", "liblzma-dev", "liburing-dev", "libxxhash-dev",
+             "libzstd-dev", "zlib1g-dev")
 
 
 def built(names: tuple[str, ...] = NAMES, *variables: str, gcc: str = "g++",
@@ -31,8 +33,24 @@ def built(names: tuple[str, ...] = NAMES, *variables: str, gcc: str = "g++",
     return entry("programs", key, make)
 
 
-def programs() -> list[Path]:
-    made = built()
+def cross(arch: Arch) -> list[str]:
+    """Variables of the Makefile to build for a machine that may be another one."""
+    if not arch.cross:
+        return []
+    root = apt.foreign(arch.name, *LIBRARIES) / "usr"
+
+    def headers(work: Path) -> None:
+        for name in HEADERS:
+            (work / name).symlink_to(Path("/usr/include", name))
+
+    more = entry("headers", digest(*HEADERS), headers)
+    return [f"CXX={arch.cross}g++", f"CXXFLAGS=-O2 -isystem {root}/include -isystem {more}",
+            f"LDFLAGS=-L{root}/lib/{arch.cross.rstrip('-')}"]
+
+
+def programs(vehicle: str = "uml") -> list[Path]:
+    arch = ARCHES[vehicle]
+    made = built(NAMES, *cross(arch), gcc=f"{arch.cross}g++")
     return [made / name for name in NAMES]
 
 
@@ -43,20 +61,8 @@ def oracle() -> Path:
 def bench(linux: Kernel) -> Path:
     """dio_bench for the machine of this kernel, with the decoder of this kernel in it."""
     arch = ARCHES[linux.vehicle]
-    variables = [f"KERNEL_LZ4={linux.decoder.name}"]
-    if arch.cross:
-        root = apt.foreign(arch.name, "liburing-dev", "libxxhash-dev") / "usr"
-
-        def headers(work: Path) -> None:
-            for name in HEADERS:
-                (work / name).symlink_to(Path("/usr/include", name))
-
-        more = entry("headers", digest(*HEADERS), headers)
-        variables += [f"CXX={arch.cross}g++",
-                      f"CXXFLAGS=-O2 -isystem {root}/include -isystem {more}",
-                      f"LDFLAGS=-L{root}/lib/{arch.cross.rstrip('-')}"]
-    return built(("dio_bench",), *variables, gcc=f"{arch.cross}g++",
-                 parts=(linux.decoder,)) / "dio_bench"
+    return built(("dio_bench",), f"KERNEL_LZ4={linux.decoder.name}", *cross(arch),
+                 gcc=f"{arch.cross}g++", parts=(linux.decoder,)) / "dio_bench"
 
 
 def counter() -> Path:
