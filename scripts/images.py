@@ -276,15 +276,15 @@ def pack(top: Path) -> Path:
 
 
 def damage(image: Image) -> Image:
-    """The same image with nonsense in places where there is data, some of it compressed."""
+    """The same image with nonsense in so many places of its data that some of it is compressed."""
     def make(work: Path) -> None:
         data = bytearray(image.path.read_bytes())
-        for eighth in range(3, 7):
-            start = len(data) * eighth // 8
-            data[start:start + 32768] = b"\xff" * 32768
+        for place in range(24, 56):
+            start = len(data) * place // 64
+            data[start:start + 4096] = b"\xff" * 4096
         (work / "image.erofs").write_bytes(data)
 
-    made = entry("image", digest("damaged in places", image.path), make)
+    made = entry("image", digest("damaged in many places", image.path), make)
     return replace(image, name=f"{image.name}-damaged", path=made / "image.erofs")
 
 
