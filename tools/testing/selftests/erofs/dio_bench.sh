@@ -13,7 +13,7 @@ usage() {
 	-p      device with an uncompressed EROFS image of the same files
 	-s      device with a squashfs of the same files
 	-r      passes of each column (5)
-	-o      where to write bench.rows, bench.json and bench.md (.); an older one is shown beside it
+	-o      where bench.rows, bench.json and bench.md go (.); an older one is shown beside it
 	END
 	exit 2
 }
