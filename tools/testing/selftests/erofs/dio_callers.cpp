@@ -903,7 +903,6 @@ public:
 		return {};
 	}
 
-	// Workers that go on for somebody read on his account.
 	// A worker may decode for a block device that reclaim waits for.
 	Result workers_need_no_io()
 	{
@@ -931,6 +930,7 @@ public:
 		return {};
 	}
 
+	// Workers that go on for somebody read on his account.
 	Result cgroup_of_submitter()
 	{
 		if (!ControlGroup::available())

@@ -106,13 +106,13 @@ inline size_t cached_pages(int fd)
 	return count;
 }
 
-// Unmounting waits for readahead in flight, which dropping caches would miss, and forgets the rest.
 // What the kernel knows nothing of, so that there is nothing to be tested.
 class Unknown : public Error
 {
 	using Error::Error;
 };
 
+// Unmounting waits for readahead in flight, which dropping caches would miss, and forgets the rest.
 class Mount
 {
 public:
