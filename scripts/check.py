@@ -267,13 +267,13 @@ def image_jobs(settings: Settings, name: str) -> Iterator[Job]:
             yield damage_job(settings, name, image, since)
             continue
         # a call that dio_exercise printed begins with API@MEMORY;
-        both = not settings.replay
+        exercise = not settings.replay or ";" in settings.replay
         yield Job(image.name, "mke2fs /dev/ram0 8192 > /dev/null\nmkdir /tmp/ext2\n"
                   "mount -t ext2 /dev/ram0 /tmp/ext2\n" + mount(image)
                   + (dio_read(settings, image, "--private /tmp/ext2")
-                     if both or ";" not in settings.replay else "")
+                     if ";" not in settings.replay else "")
                   + (SWAP + dio_exercise(settings, image, "--private /tmp/ext2")
-                     if both or ";" in settings.replay else ""),
+                     if exercise else ""),
                   vehicles=(name,), disks=(image.path, *image.devices), truth=image.data.truth,
                   since=since, seconds=settings.seconds, skip=image.unmountable)
         if name != "qemu" and image.name in DAMAGED and not settings.replay:

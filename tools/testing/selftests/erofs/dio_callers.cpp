@@ -911,8 +911,8 @@ public:
 			return "the kernel does not trace allocations";
 		for (const auto way : ways()) {
 			Volume volume(device_.node(), options_);
-			// compressed data is read into such folios, and nobody else takes them
-			const EventTrace trace(kEvent, "order >= 3 && comm ~ \"kworker*\"");
+			// compressed data is read into such folios, which are too large for slabs
+			const EventTrace trace(kEvent, "order >= 4 && comm ~ \"kworker*\"");
 			EventTrace::forget();
 			Reads reads(volume.big, {{0, 12 * kMiB}}, way);
 			reads.submit();
