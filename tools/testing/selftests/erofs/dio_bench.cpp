@@ -18,7 +18,9 @@
 
 #include <CLI/CLI.hpp>
 #include <liburing.h>
+#include <linux/fs.h>
 #include <nlohmann/json.hpp>
+#include <sys/ioctl.h>
 #include <sys/uio.h>
 #include <xxhash.h>
 
@@ -54,6 +56,8 @@ struct Column {
 	std::string name, device, filesystem;
 	Mode mode;
 	bool huge;
+	// KiB; zero: what the device has
+	unsigned long read_ahead;
 	std::vector<std::string> files;
 	// of the floor: how each of the files is stored, as erofs_oracle lists it
 	std::vector<std::string> extents;
@@ -66,6 +70,7 @@ void from_json(const Json &item, Column &column)
 		  item.value("filesystem", "erofs"),
 		  item.at("mode"),
 		  item.value("huge", false),
+		  item.value("read_ahead", 0ul),
 		  item.value("files", std::vector<std::string>()),
 		  item.value("extents", std::vector<std::string>())};
 }
@@ -172,6 +177,25 @@ public:
 private:
 	std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state_{XXH3_createState(),
 									XXH3_freeState};
+};
+
+// How far buffered reads of a device are ahead of their readers.
+class ReadAhead
+{
+public:
+	ReadAhead(const std::string &device, unsigned long kib) : device_(device, O_RDONLY)
+	{
+		if (::ioctl(device_, BLKRAGET, &before_) ||
+		    (kib && ::ioctl(device_, BLKRASET, kib * 2)))
+			throw Error(device, 0, "to have its read-ahead set", errno_text(errno));
+	}
+	ReadAhead(const ReadAhead &) = delete;
+	ReadAhead &operator=(const ReadAhead &) = delete;
+	~ReadAhead() { ::ioctl(device_, BLKRASET, before_); }
+
+private:
+	Fd device_;
+	unsigned long before_ = 0;
 };
 
 // An open file, and how it is read.
@@ -618,6 +642,7 @@ private:
 
 	Json pass_file(const Cell &cell, const Column &column) const
 	{
+		const ReadAhead ahead(column.device, column.read_ahead);
 		const Mount mount(column.device, mount_, {}, column.filesystem);
 		std::deque<Source> sources;
 		std::deque<Buffer> buffers;

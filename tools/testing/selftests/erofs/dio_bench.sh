@@ -70,14 +70,16 @@ umount "$mount"
 [ "$smallest" -ge 1 ] || fail "the smallest file has less than a MiB, which is needed"
 bytes=$((smallest << 20))
 
-column() { # name mode device filesystem huge
+column() { # name mode device filesystem huge [KiB of read-ahead]
 	printf '{"name": "%s", "mode": "%s", "device": "%s", "filesystem": "%s", "huge": %s, ' \
 		"$1" "$2" "$3" "$4" "$5"
-	printf '"files": [%s]}' "$files"
+	printf '"read_ahead": %d, "files": [%s]}' "${6:-0}" "$files"
 }
 
 columns() {
 	column buffered buffered "$device" erofs false
+	printf ', '
+	column far buffered "$device" erofs false 8192
 	printf ', '
 	column dropbehind dropbehind "$device" erofs false
 	printf ', '

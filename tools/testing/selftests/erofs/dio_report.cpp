@@ -157,7 +157,8 @@ const std::vector<std::pair<std::string, std::string>> pairs = {
 	{"direct", "buffered"},	  {"thp", "buffered"},	 {"dropbehind", "buffered"},
 	{"squashfs", "buffered"}, {"plain", "buffered"}, {"direct", "plain"},
 	{"direct", "floor"},	  {"thp", "floor"},	 {"buffered", "floor"},
-	{"direct", "dropbehind"}, {"thp", "direct"},
+	{"direct", "dropbehind"}, {"thp", "direct"},	 {"far", "buffered"},
+	{"direct", "far"},
 };
 
 Json record(const Cell &cell)
@@ -415,8 +416,8 @@ std::string demands_table(const Json &demands, const Previous &previous)
 std::string cells_table(const std::vector<Cell> &cells, const Previous &previous,
 			const std::string &metric, int digits)
 {
-	const std::vector<std::string> names = {"dropbehind", "direct",	  "thp",
-						"plain",      "squashfs", "floor"};
+	const std::vector<std::string> names = {"far",	 "dropbehind", "direct", "thp",
+						"plain", "squashfs",   "floor"};
 	std::vector<std::string> titles = {"cell", "buffered"};
 	for (const auto &name : names)
 		titles.push_back(name + "/buffered");
