@@ -47,7 +47,7 @@
 /* What is kept for a sequential reader behind its last request */
 #define Z_EROFS_DIO_KEEP		SZ_1M
 /* .. how much of compressed data is read ahead for the next one */
-#define Z_EROFS_DIO_AHEAD		SZ_256K
+#define Z_EROFS_DIO_AHEAD		SZ_512K
 /* .. and this part of all memory for all of them */
 #define Z_EROFS_DIO_MAX_KEPT		256
 
