@@ -50,6 +50,9 @@
 #define Z_EROFS_DIO_AHEAD		SZ_512K
 /* .. and this part of all memory for all of them */
 #define Z_EROFS_DIO_MAX_KEPT		256
+/* Asynchronous requests of up to this size take turns, if they are this close */
+#define Z_EROFS_DIO_TURN		SZ_64K
+#define Z_EROFS_DIO_CLOSE		SZ_128K
 
 /*
  * Compressed data which a sequential reader is likely to need: the blocks that
@@ -69,11 +72,17 @@ struct z_erofs_dio_ahead {
 
 /*
  * What is known of the last request of a file, and decoded bytes behind it.
- * @busy belongs to a request, the rest of them do without; it is only ever
- * tried, never waited for.
+ * @busy belongs to a request, and the others do without.  Its owner may be in a
+ * page fault that needs another request of the same file, so nobody waits for
+ * it, apart from windows of asynchronous requests for each other: all memory
+ * these need has been pinned.
  */
 struct z_erofs_dio_keep {
 	unsigned long busy;
+	spinlock_t lock;		/* of the two below */
+	bool turns;			/* it belongs to such a window */
+	struct list_head waiting;	/* .. and then to these */
+	loff_t came;			/* where the last one to come ends */
 	struct list_head lru;
 	unsigned int nr;		/* pages that are accounted for */
 	loff_t next;			/* where a sequential reader goes on */
@@ -139,7 +148,7 @@ struct z_erofs_dio_extent {
 /* A request; gone before the last bio of it is completed */
 struct z_erofs_dio_req {
 	struct file *file;		/* to read what can't be done directly */
-	struct z_erofs_dio_keep *keep;	/* what it may use */
+	struct z_erofs_dio_keep *keep;	/* what its windows may use in turn */
 	bool sequential;
 	bool async;
 	loff_t end;
@@ -159,6 +168,7 @@ struct z_erofs_dio_helper {
 
 struct z_erofs_dio_window {
 	struct z_erofs_dio_req *req;
+	struct z_erofs_dio_keep *keep;	/* which belongs to it, or will do so */
 	struct list_head link;
 	struct inode *inode;
 	loff_t pos, end;		/* end is exclusive and never behind EOF */
@@ -581,7 +591,7 @@ static unsigned long z_erofs_dio_shrink_scan(struct shrinker *shrink,
 /* At once, as the end of the window may replace it before its start is due */
 static void z_erofs_dio_copy_kept(struct z_erofs_dio_window *w)
 {
-	struct z_erofs_dio_keep *k = w->req->keep;
+	struct z_erofs_dio_keep *k = w->keep;
 	loff_t end = k ? min(w->end, k->end) : 0;
 	unsigned int len;
 
@@ -690,7 +700,7 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 	while (w->rest > w->start && w->nr_ext < w->max_ext &&
 	       w->nr_in < Z_EROFS_DIO_MAX_INPAGES) {
 		/* the next request is going to need the rest of the last one */
-		keep = w->req->sequential && w->rest == w->req->end;
+		keep = w->keep && w->req->sequential && w->rest == w->req->end;
 		flags = keep ? EROFS_GET_BLOCKS_FIEMAP : 0;
 		if (w->rest == map.m_la)
 			flags |= EROFS_GET_BLOCKS_PREVIOUS;
@@ -913,7 +923,7 @@ static void z_erofs_dio_ahead_endio(struct bio *bio)
 static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 				   struct z_erofs_dio_extent *e)
 {
-	struct z_erofs_dio_ahead *a = &w->req->keep->ahead;
+	struct z_erofs_dio_ahead *a = &w->keep->ahead;
 	struct super_block *sb = w->inode->i_sb;
 	struct erofs_map_dev mdev = { .m_pa = e->pa };
 	gfp_t gfp = (GFP_KERNEL & ~__GFP_RECLAIM) | __GFP_NOWARN;
@@ -956,6 +966,7 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 		return;
 	bio->bi_iter.bi_sector = pa >> SECTOR_SHIFT;
 	bio->bi_ioprio = bio_list_peek(&w->bios)->bi_ioprio;
+	bio_clone_blkg_association(bio, bio_list_peek(&w->bios));
 	bio->bi_private = a;
 	bio->bi_end_io = z_erofs_dio_ahead_endio;
 	end = min(end, pa + ((erofs_off_t)(w->req->ahead - a->nr) << PAGE_SHIFT));
@@ -987,7 +998,7 @@ static bool z_erofs_dio_take_ahead(struct z_erofs_dio_window *w,
 	unsigned int nr;
 	erofs_off_t pa;
 
-	a = &w->req->keep->ahead;
+	a = &w->keep->ahead;
 	(void)erofs_map_dev(w->inode->i_sb, &mdev);
 	pa = round_down(mdev.m_pa, i_blocksize(w->inode));
 	if (a->dif != mdev.m_dif || pa < a->pa)
@@ -1011,7 +1022,7 @@ static bool z_erofs_dio_take_ahead(struct z_erofs_dio_window *w,
 static int z_erofs_dio_alloc_in(struct z_erofs_dio_window *w)
 {
 	unsigned int left = w->nr_in, room = 0, i = w->nr_ext, j;
-	bool ahead = w->req->keep && w->req->keep->ahead.nr;
+	bool ahead = w->keep && w->keep->ahead.nr;
 	struct z_erofs_dio_extent *e;
 	struct page **in, *page = NULL;
 	struct folio *folio;
@@ -1093,7 +1104,7 @@ static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 		    EROFS_MAP_MAPPED && !w->ext[i].ahead)
 			z_erofs_dio_read(w, &w->ext[i]);
 	z_erofs_dio_submit(w);
-	if (w->req->ahead && w->nr_ext && w->ext->inpages &&
+	if (w->keep && w->req->ahead && w->nr_ext && w->ext->inpages &&
 	    !(w->ext->flags & EROFS_MAP_META) &&
 	    w->ext->la + w->ext->len >= w->req->end)
 		z_erofs_dio_read_ahead(w, w->ext);
@@ -1101,10 +1112,11 @@ static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 }
 
 /*
- * Stage as many of the last extents before w->rest as are allowed.  Once it is
- * done, the window of an asynchronous request belongs to the worker.
+ * Stage as many of the last extents before w->rest as are allowed.  Unless it
+ * returns true, since nothing has to be read, the window of an asynchronous
+ * request belongs to the worker from now on.
  */
-static void z_erofs_dio_stage(struct z_erofs_dio_window *w)
+static bool z_erofs_dio_stage(struct z_erofs_dio_window *w)
 {
 	atomic_set(&w->pending, 1);
 	if (!w->dest.nr_segs) {
@@ -1116,7 +1128,11 @@ static void z_erofs_dio_stage(struct z_erofs_dio_window *w)
 		w->err = z_erofs_dio_map(w);
 	if (!w->err)
 		w->err = z_erofs_dio_read_in(w);
-	z_erofs_dio_put_pending(w);
+	if (!atomic_dec_and_test(&w->pending))
+		return false;
+	if (!w->req->async)
+		complete(&w->done);
+	return true;
 }
 
 static int z_erofs_dio_fragment(struct z_erofs_dio_window *w,
@@ -1211,7 +1227,7 @@ static struct page **z_erofs_dio_get_out(struct z_erofs_dio_window *w,
 	struct page **out;
 
 	if (!lo->kept)
-		return w->req->keep->pages;
+		return w->keep->pages;
 	out = kvzalloc_objs(*out, lo->nr);
 	if (!out)
 		return NULL;
@@ -1225,7 +1241,7 @@ static struct page **z_erofs_dio_get_out(struct z_erofs_dio_window *w,
 			continue;
 		}
 		if (i >= lo->kept) {
-			out[i] = w->req->keep->pages[i - lo->kept];
+			out[i] = w->keep->pages[i - lo->kept];
 			continue;
 		}
 		if (i >= Z_EROFS_DIO_LZ4_PAGES && i < gap) {
@@ -1257,7 +1273,7 @@ static void z_erofs_dio_lay_keep(struct z_erofs_dio_window *w,
 {
 	z_erofs_dio_lay_aside(e->la, e->len, lo);
 	lo->kept = z_erofs_dio_gap(w, e, lo);
-	if (!z_erofs_dio_make_room(w->req->keep, lo->nr - lo->kept))
+	if (!z_erofs_dio_make_room(w->keep, lo->nr - lo->kept))
 		z_erofs_dio_dont_keep(w, e);
 }
 
@@ -1302,7 +1318,7 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 	if (!out)
 		return -ENOMEM;
 	if (!lo.kept && !cpu_dcache_is_aliasing())
-		dst = w->req->keep->addr;
+		dst = w->keep->addr;
 	else if (!aside && w->dest.addr)
 		dst = w->dest.addr + ((size_t)lo.page << PAGE_SHIFT);
 
@@ -1330,7 +1346,7 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 				  e->plen, e->len, EROFS_I(w->inode)->nid);
 	}
 	if (!err && e->keep)
-		z_erofs_dio_kept_now(w->req->keep, e, &lo);
+		z_erofs_dio_kept_now(w->keep, e, &lo);
 	if (aside)
 		z_erofs_dio_put_out(w, e, &lo, out, !err, pool);
 	return err;
@@ -1494,7 +1510,7 @@ static void z_erofs_dio_flush_dcache(struct z_erofs_dio_window *w)
 	}
 }
 
-/* Fill what has been staged; if there is more to come, stage it: true */
+/* Fill what has been staged; true if there is more to come */
 static bool z_erofs_dio_unstage(struct z_erofs_dio_window *w)
 {
 	if (!w->err)
@@ -1504,7 +1520,6 @@ static bool z_erofs_dio_unstage(struct z_erofs_dio_window *w)
 	if (w->err || w->rest <= w->start)
 		return false;
 	erofs_release_pages(&w->pagepool);
-	z_erofs_dio_stage(w);
 	return true;
 }
 
@@ -1525,11 +1540,77 @@ static void z_erofs_dio_free_window(struct z_erofs_dio_window *w)
 	kvfree(w);
 }
 
-/* A window of an asynchronous request is done: it's the turn of another one */
-static void z_erofs_dio_stage_next(struct z_erofs_dio_req *rq)
+/*
+ * Whether to go on now, which may be without what is kept.  Requests in flight
+ * are nearly in order: look no further for the place of one which isn't.
+ */
+static bool z_erofs_dio_take_turn(struct z_erofs_dio_window *w)
+{
+	struct z_erofs_dio_keep *k = w->keep;
+	struct z_erofs_dio_window *prev;
+	unsigned int left = 8;
+
+	guard(spinlock)(&k->lock);
+	if (!test_and_set_bit_lock(0, &k->busy)) {
+		k->turns = true;
+		return true;
+	}
+	if (!k->turns) {
+		w->keep = NULL;
+		return true;
+	}
+	list_for_each_entry_reverse(prev, &k->waiting, link)
+		if (prev->pos <= w->pos || !left--)
+			break;
+	list_add(&w->link, &prev->link);
+	return false;
+}
+
+static struct z_erofs_dio_window *z_erofs_dio_end_turn(struct z_erofs_dio_keep *k)
 {
 	struct z_erofs_dio_window *w;
 
+	guard(spinlock)(&k->lock);
+	w = list_first_entry_or_null(&k->waiting, struct z_erofs_dio_window,
+				     link);
+	if (w) {
+		list_del(&w->link);
+	} else {
+		k->turns = false;
+		clear_bit_unlock(0, &k->busy);
+	}
+	return w;
+}
+
+/* What is kept has been used for the bytes in front of @next */
+static void z_erofs_dio_used_keep(struct z_erofs_dio_keep *k,
+				  struct inode *inode, loff_t next)
+{
+	unsigned int nr;
+
+	k->next = next;
+	if (k->next >= i_size_read(inode))
+		vfree(z_erofs_dio_drop(k));
+	nr = k->nr_pages + k->ahead.nr;
+	if (nr != k->nr) {
+		spin_lock(&z_erofs_dio_kept_lock);
+		z_erofs_dio_account(k, nr);
+		spin_unlock(&z_erofs_dio_kept_lock);
+	}
+}
+
+/* A window of an asynchronous request is done: the one whose turn it is now */
+static struct z_erofs_dio_window *z_erofs_dio_next(struct z_erofs_dio_req *rq,
+						   struct z_erofs_dio_keep *k)
+{
+	struct z_erofs_dio_window *w;
+
+	if (k) {
+		z_erofs_dio_used_keep(k, file_inode(rq->file), rq->end);
+		return z_erofs_dio_end_turn(k);
+	}
+	if (rq->keep)
+		return NULL;
 	spin_lock(&rq->lock);
 	w = list_first_entry_or_null(&rq->windows, struct z_erofs_dio_window,
 				     link);
@@ -1538,14 +1619,15 @@ static void z_erofs_dio_stage_next(struct z_erofs_dio_req *rq)
 	else
 		--rq->nr_staged;
 	spin_unlock(&rq->lock);
-	if (w)
-		z_erofs_dio_stage(w);
+	return w;
 }
 
-/* All has been filled, or something failed */
-static void z_erofs_dio_end(struct z_erofs_dio_window *w)
+/* All has been filled, or something failed; returns what is to be staged next */
+static struct z_erofs_dio_window *z_erofs_dio_end(struct z_erofs_dio_window *w)
 {
 	struct z_erofs_dio_req *rq = w->req;
+	struct z_erofs_dio_keep *k = w->keep;
+	struct z_erofs_dio_window *next = NULL;
 	struct bio_list bios = w->bios;
 	blk_status_t status = BLK_STS_OK;
 	struct bio *bio;
@@ -1563,13 +1645,14 @@ static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 	z_erofs_dio_flush_dcache(w);
 	z_erofs_dio_free_window(w);
 	if (rq->async)
-		z_erofs_dio_stage_next(rq);
+		next = z_erofs_dio_next(rq, k);
 	z_erofs_dio_put_req(rq);
 
 	while ((bio = bio_list_pop(&bios))) {
 		bio->bi_status = status;
 		bio_endio(bio);
 	}
+	return next;
 }
 
 static void z_erofs_dio_work(struct work_struct *work)
@@ -1579,8 +1662,11 @@ static void z_erofs_dio_work(struct work_struct *work)
 	/* reclaim may wait for the submitter, who can be a block device */
 	unsigned int noio = memalloc_noio_save();
 
-	if (!z_erofs_dio_unstage(w))
-		z_erofs_dio_end(w);
+	do {
+		cond_resched();
+		if (!z_erofs_dio_unstage(w))
+			w = z_erofs_dio_end(w);
+	} while (w && z_erofs_dio_stage(w));
 	memalloc_noio_restore(noio);
 }
 
@@ -1594,10 +1680,13 @@ static void z_erofs_dio_drain(struct z_erofs_dio_req *rq, unsigned int nr)
 				     link);
 		list_del(&w->link);
 		--rq->nr_staged;
-		do {
+		for (;;) {
 			wait_for_completion_io(&w->done);
+			if (!z_erofs_dio_unstage(w))
+				break;
 			reinit_completion(&w->done);
-		} while (z_erofs_dio_unstage(w));
+			z_erofs_dio_stage(w);
+		}
 		z_erofs_dio_end(w);
 		cond_resched();
 	}
@@ -1624,15 +1713,23 @@ static void z_erofs_dio_queue_async(struct z_erofs_dio_window *w)
 	bool stage;
 
 	INIT_WORK(&w->work, z_erofs_dio_work);
-	spin_lock(&rq->lock);
-	stage = rq->nr_staged < Z_EROFS_DIO_STAGED;
-	if (stage)
-		++rq->nr_staged;
-	else
-		list_add_tail(&w->link, &rq->windows);
-	spin_unlock(&rq->lock);
-	if (stage)
-		z_erofs_dio_stage(w);
+	if (rq->keep) {
+		stage = z_erofs_dio_take_turn(w);
+	} else {
+		spin_lock(&rq->lock);
+		stage = rq->nr_staged < Z_EROFS_DIO_STAGED;
+		if (stage)
+			++rq->nr_staged;
+		else
+			list_add_tail(&w->link, &rq->windows);
+		spin_unlock(&rq->lock);
+	}
+	if (!stage)
+		return;
+	/* a worker may wait for what is being read ahead, submitters don't */
+	if ((w->keep && !completion_done(&w->keep->ahead.done)) ||
+	    z_erofs_dio_stage(w))
+		queue_work(EROFS_I_SB(w->inode)->dio_workqueue, &w->work);
 }
 
 static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
@@ -1676,6 +1773,7 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 		return -ENOTBLK;
 	w->max_ext = nr;
 	w->req = iter->private;
+	w->keep = w->req->keep;
 	w->inode = inode;
 	w->pos = pos;
 	w->start = pos;
@@ -1875,19 +1973,27 @@ static enum z_erofs_dio_path z_erofs_dio_path(struct kiocb *iocb,
 	return z_erofs_dio_vector(to, mask);
 }
 
-/* The one request at a time which may use what is kept, and keep more */
-static struct z_erofs_dio_keep *z_erofs_dio_get_keep(struct kiocb *iocb)
+/*
+ * The one request at a time which may use what is kept, and keep more, or
+ * whose windows are going to wait for that.
+ */
+static struct z_erofs_dio_keep *z_erofs_dio_get_keep(struct kiocb *iocb,
+						     size_t count)
 {
 	struct file *file = iocb->ki_filp;
 	struct z_erofs_dio_keep *k, *old;
+	loff_t came;
 
-	if (!is_sync_kiocb(iocb) || erofs_cache_file(file) != file)
+	if (erofs_cache_file(file) != file ||
+	    (!is_sync_kiocb(iocb) && count > Z_EROFS_DIO_TURN))
 		return NULL;
 	k = READ_ONCE(file->private_data);
 	if (!k) {
 		k = kzalloc_obj(*k, GFP_KERNEL_ACCOUNT);
 		if (!k)
 			return NULL;
+		spin_lock_init(&k->lock);
+		INIT_LIST_HEAD(&k->waiting);
 		INIT_LIST_HEAD(&k->lru);
 		init_completion(&k->ahead.done);
 		complete_all(&k->ahead.done);
@@ -1897,25 +2003,12 @@ static struct z_erofs_dio_keep *z_erofs_dio_get_keep(struct kiocb *iocb)
 			k = old;
 		}
 	}
-	return test_and_set_bit_lock(0, &k->busy) ? NULL : k;
-}
-
-static void z_erofs_dio_put_keep(struct z_erofs_dio_keep *k, struct kiocb *iocb)
-{
-	unsigned int nr;
-
-	if (!k)
-		return;
-	k->next = iocb->ki_pos;
-	if (k->next >= i_size_read(file_inode(iocb->ki_filp)))
-		vfree(z_erofs_dio_drop(k));
-	nr = k->nr_pages + k->ahead.nr;
-	if (nr != k->nr) {
-		spin_lock(&z_erofs_dio_kept_lock);
-		z_erofs_dio_account(k, nr);
-		spin_unlock(&z_erofs_dio_kept_lock);
-	}
-	clear_bit_unlock(0, &k->busy);
+	if (is_sync_kiocb(iocb))
+		return test_and_set_bit_lock(0, &k->busy) ? NULL : k;
+	/* it is only a guess, as several CPUs may submit them */
+	came = READ_ONCE(k->came);
+	WRITE_ONCE(k->came, iocb->ki_pos + count);
+	return abs(iocb->ki_pos - came) <= Z_EROFS_DIO_CLOSE ? k : NULL;
 }
 
 /**
@@ -1952,7 +2045,7 @@ static ssize_t z_erofs_dio_read_kept(struct kiocb *iocb, struct iov_iter *to,
 	ssize_t ret = 0;
 	size_t n, len;
 
-	if (!k || pos < k->pos || end > k->end)
+	if (pos < k->pos || end > k->end)
 		return 0;
 	for (; pos < end; pos += n, ret += n) {
 		len = min_t(loff_t, end - pos, PAGE_SIZE - offset_in_page(pos));
@@ -1978,6 +2071,7 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 	unsigned int bs;
 	loff_t end;
 	ssize_t ret;
+	bool goes_on;
 
 	rq = kmalloc_obj(*rq);
 	if (!rq)
@@ -1992,13 +2086,14 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 	end = min_t(loff_t, i_size_read(inode),
 		    iocb->ki_pos + iov_iter_count(to));
 	/* a reader who doesn't go on there isn't going to need any of it */
-	if (k && k->next != iocb->ki_pos)
+	goes_on = k && (!is_sync_kiocb(iocb) || k->next == iocb->ki_pos);
+	if (k && !goes_on)
 		vfree(z_erofs_dio_drop(k));
 	*rq = (struct z_erofs_dio_req) {
 		.file = erofs_cache_file(iocb->ki_filp),
 		.keep = k,
 		/* who begins with a small read may just have a look */
-		.sequential = k && k->next == iocb->ki_pos &&
+		.sequential = goes_on &&
 			      (iocb->ki_pos || end >= Z_EROFS_DIO_DONTCACHE),
 		.end = end,
 		.async = !is_sync_kiocb(iocb) &&
@@ -2031,7 +2126,8 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
  * are served from the page cache and, unless they are small, dropped behind;
  * trace_erofs_dio_read() tells about each of them.
  *
- * Asynchronous requests are completed by a worker.  Index blocks that aren't
+ * Asynchronous requests are completed by a worker; small ones which follow each
+ * other take turns, or each would decode its extents anew.  Index blocks that aren't
  * cached are read before they are queued, what the page cache serves as well, and
  * images in files unless these are read directly.
  *
@@ -2049,8 +2145,8 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 	enum z_erofs_dio_path path;
 	struct z_erofs_dio_keep *k;
 	struct kiocb cached;
+	bool sync = is_sync_kiocb(iocb), kept;
 	ssize_t ret = 0;
-	bool kept;
 
 	if (iocb->ki_pos >= size)
 		return 0;
@@ -2058,12 +2154,16 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 	path = z_erofs_dio_path(iocb, to);
 	trace_erofs_dio_read(inode, iocb->ki_pos, iov_iter_count(to), path);
 	if (path == Z_EROFS_DIO_DIRECT) {
-		k = z_erofs_dio_get_keep(iocb);
-		ret = z_erofs_dio_read_kept(iocb, to, k);
+		k = z_erofs_dio_get_keep(iocb, iov_iter_count(to));
+		if (k && sync)
+			ret = z_erofs_dio_read_kept(iocb, to, k);
 		kept = ret;
 		if (!kept)
 			ret = z_erofs_dio_direct(iocb, to, k);
-		z_erofs_dio_put_keep(k, iocb);
+		if (k && sync) {
+			z_erofs_dio_used_keep(k, inode, iocb->ki_pos);
+			clear_bit_unlock(0, &k->busy);
+		}
 		if (kept || ret < 0 || iocb->ki_pos >= size || !iov_iter_count(to))
 			return ret;
 		if (fatal_signal_pending(current))

@@ -18,7 +18,6 @@
 
 #include <CLI/CLI.hpp>
 #include <liburing.h>
-#include <linux/fs.h>
 #include <nlohmann/json.hpp>
 #include <sys/ioctl.h>
 #include <sys/uio.h>

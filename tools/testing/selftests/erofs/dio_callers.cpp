@@ -10,9 +10,12 @@
 #include <thread>
 
 #include <CLI/CLI.hpp>
+#include <linux/userfaultfd.h>
 #include <poll.h>
 #include <sched.h>
+#include <sys/ioctl.h>
 #include <sys/sendfile.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 #include "async.hpp"
@@ -388,6 +391,14 @@ std::string device_of(const Target &target)
 	if (::fstat(target.fd, &info))
 		throw Error(target.path.string(), 0, "fstat", errno_text(errno));
 	return device_number(info.st_dev);
+}
+
+size_t stored_bytes(const Target &target)
+{
+	struct stat info;
+	if (::fstat(target.fd, &info))
+		throw Error(target.path.string(), 0, "fstat", errno_text(errno));
+	return static_cast<size_t>(info.st_blocks) * 512;
 }
 
 // Processes whose reads the kernel counts.
@@ -778,10 +789,7 @@ public:
 	{
 		Volume volume(device_.node(), options_);
 		const auto &big = volume.big;
-		struct stat info;
-		if (::fstat(big.fd, &info))
-			throw Error(big.path.string(), 0, "fstat", errno_text(errno));
-		const auto stored = static_cast<size_t>(info.st_blocks) * 512;
+		const auto stored = stored_bytes(big);
 		const auto device = device_of(big);
 		for (const size_t step : {kPage, 16 * kPage, 16 * kPage}) {
 			const Mapping memory(step);
@@ -798,6 +806,78 @@ public:
 					    std::to_string(stored) + " bytes of the device",
 					    std::to_string(bytes));
 		}
+		return {};
+	}
+
+	// Extents that several small requests need are decoded for the first of them.
+	Result small_requests_take_turns(Way way)
+	{
+		if (auto reason = missing(way))
+			return reason;
+		Volume volume(device_.node(), options_);
+		const auto &big = volume.big;
+		const auto stored = stored_bytes(big);
+		const auto device = device_of(big);
+		const auto before = bytes_read(device);
+		for (size_t at = 0; at < big.size(); at += kMiB) {
+			std::vector<Piece> pieces;
+			for (size_t in = at; in < std::min(at + kMiB, big.size()); in += kPage)
+				pieces.push_back({in, kPage});
+			Reads reads(big, pieces, way);
+			reads.submit();
+			reads.finish();
+		}
+		// workers of io_uring submit them in any order
+		const auto limit = stored + stored / (way == Way::aio ? 4 : 1);
+		if (const auto bytes = bytes_read(device) - before; bytes > limit)
+			throw Error(big.path.string(), 0,
+				    std::to_string(limit) + " bytes of the device at most",
+				    std::to_string(bytes));
+		return {};
+	}
+
+	// Who reads into memory that another read has to fill first must not have that one wait.
+	Result fault_needs_another_read()
+	{
+		if (auto reason = missing(Way::aio))
+			return reason;
+		const auto number = ::syscall(SYS_userfaultfd, O_CLOEXEC);
+		if (number < 0 && errno == ENOSYS)
+			return "the kernel has no userfaultfd";
+		Volume volume(device_.node(), options_);
+		const auto &big = volume.big;
+		warm(big);
+		const Mapping memory(kPage);
+		Reads reads(big, {{2 * kPage, kPage}}, Way::aio);
+		ssize_t got = 0;
+		std::jthread reader;
+		const Fd faults(static_cast<int>(number), "userfaultfd"); // ends what waits for it
+		const auto control = [&](unsigned long request, void *argument) {
+			if (::ioctl(faults, request, argument))
+				throw Error("userfaultfd", 0, "success", errno_text(errno));
+		};
+		uffdio_api api{UFFD_API, 0, 0};
+		control(UFFDIO_API, &api);
+		const auto address = reinterpret_cast<uintptr_t>(memory.bytes().data());
+		uffdio_register range{{address, kPage}, UFFDIO_REGISTER_MODE_MISSING, 0};
+		control(UFFDIO_REGISTER, &range);
+		reader = std::jthread(
+			[&] { got = ::pread(big.fd, memory.bytes().data(), kPage, kPage); });
+		uffd_msg message;
+		if (::read(faults, &message, sizeof(message)) != sizeof(message))
+			throw Error("userfaultfd", 0, "a page fault", errno_text(errno));
+		reads.submit();
+		eventually("a read that a page fault waits for", [&] {
+			const auto done = reads.queue().poll();
+			if (done)
+				reads.check(*done);
+			return done.has_value();
+		});
+		uffdio_zeropage zero{{address, kPage}, 0, 0};
+		control(UFFDIO_ZEROPAGE, &zero);
+		reader.join();
+		expect(big.path, kPage, "bytes", static_cast<ssize_t>(kPage), got);
+		expect_bytes(big.path, kPage, big.expect(kPage, kPage), memory.bytes());
 		return {};
 	}
 
@@ -1411,6 +1491,11 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"swapped_memory", [&] { return tester.swapped_memory(); }},
 		{"huge_destinations", [&] { return tester.huge_destinations(); }},
 		{"sequential_reads_once", [&] { return tester.sequential_reads_once(); }},
+		{"small_requests_take_turns",
+		 [&] { return tester.small_requests_take_turns(Way::aio); }},
+		{"small_requests_of_workers",
+		 [&] { return tester.small_requests_take_turns(Way::worker); }},
+		{"fault_needs_another_read", [&] { return tester.fault_needs_another_read(); }},
 		{"read_ahead_fails", [&] { return tester.read_ahead_fails(); }},
 		{"bounded_pins", [&] { return tester.bounded_pins(); }},
 		{"other_cpus_help", [&] { return tester.other_cpus_help(); }},

@@ -14,6 +14,7 @@
 #include <sys/uio.h>
 #include <sys/utsname.h>
 
+#include "async.hpp"
 #include "io.hpp"
 #include "ktap.hpp"
 #include "leaks.hpp"
@@ -29,6 +30,36 @@ namespace
 {
 
 const fs::path kFaults = "/sys/kernel/debug/fail_page_alloc";
+
+// Reads a file in order, several requests at a time; whether that gave the bytes of the truth.
+template <typename Ring> bool read_queued(const Target &target, int fd, size_t step, size_t end)
+{
+	constexpr size_t kDepth = 8;
+	const Mapping memory(kDepth * step);
+	std::array<iovec, kDepth> places{};
+	std::array<size_t, kDepth> offsets{};
+	Ring queue(kDepth);
+	size_t next = 0;
+	const auto submit = [&](size_t slot) {
+		if (next >= end)
+			return;
+		const auto place = memory.bytes().subspan(slot * step, step);
+		places[slot] = {place.data(), place.size()};
+		offsets[slot] = std::exchange(next, next + step);
+		queue.submit({slot, fd, offsets[slot], {&places[slot], 1}});
+	};
+	for (size_t slot = 0; slot < kDepth; ++slot)
+		submit(slot);
+	bool right = true;
+	while (queue.in_flight()) {
+		const auto [slot, got] = queue.wait();
+		const auto want = target.expect(offsets[slot], step);
+		right = right && got == static_cast<ssize_t>(want.size()) &&
+			!std::memcmp(places[slot].iov_base, want.data(), want.size());
+		submit(slot);
+	}
+	return right;
+}
 
 class Tester
 {
@@ -185,11 +216,21 @@ public:
 							wrong = true;
 					}
 				});
+			if (step < kMiB && Aio::available())
+				readers.emplace_back([&] {
+					if (!read_queued<Aio>(target, fd, step, end))
+						wrong = true;
+				});
+			if (step < kMiB && Uring::available())
+				readers.emplace_back([&] {
+					if (!read_queued<Uring>(target, fd, step, end))
+						wrong = true;
+				});
 			readers.clear();
 			if (wrong)
 				throw Error(target.path.string(), 0, "the bytes of the truth",
-					    "others, with four readers of " + std::to_string(step) +
-						    " bytes each");
+					    "others, with several readers of " +
+						    std::to_string(step) + " bytes each");
 		}
 		return {};
 	}
