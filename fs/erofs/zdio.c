@@ -51,7 +51,7 @@
 /* .. and this part of all memory for all of them */
 #define Z_EROFS_DIO_MAX_KEPT		256
 /* Asynchronous requests of up to this size take turns, if they are this close */
-#define Z_EROFS_DIO_TURN		SZ_64K
+#define Z_EROFS_DIO_TURN		SZ_32K
 #define Z_EROFS_DIO_CLOSE		SZ_128K
 
 /*
@@ -170,6 +170,7 @@ struct z_erofs_dio_window {
 	struct z_erofs_dio_req *req;
 	struct z_erofs_dio_keep *keep;	/* which belongs to it, or will do so */
 	struct list_head link;
+	unsigned int overtaken;		/* how often, while it waited */
 	struct inode *inode;
 	loff_t pos, end;		/* end is exclusive and never behind EOF */
 	loff_t start;			/* in front of here it has been copied */
@@ -773,13 +774,18 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 	return err;
 }
 
+static void z_erofs_dio_queue_work(struct z_erofs_dio_window *w)
+{
+	queue_work(EROFS_I_SB(w->inode)->dio_workqueue, &w->work);
+}
+
 /* Callers who wait decode on their own: they need not wait for a worker, too */
 static void z_erofs_dio_put_pending(struct z_erofs_dio_window *w)
 {
 	if (!atomic_dec_and_test(&w->pending))
 		return;
 	if (w->req->async)
-		queue_work(EROFS_I_SB(w->inode)->dio_workqueue, &w->work);
+		z_erofs_dio_queue_work(w);
 	else
 		complete(&w->done);
 }
@@ -941,6 +947,10 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 	if (a->dif == mdev.m_dif && pa >= a->pa &&
 	    pa - a->pa < (erofs_off_t)a->nr << PAGE_SHIFT) {
 		z_erofs_dio_drop_ahead(a, (pa - a->pa) >> PAGE_SHIFT);
+	} else if (a->dif == mdev.m_dif && pa < a->pa &&
+		   a->pa - pa < Z_EROFS_DIO_AHEAD && w->req->async) {
+		/* this one is late, and others have been there */
+		return;
 	} else {
 		/* extents may be anywhere on the device: guess less often then */
 		if (a->nr) {
@@ -1112,6 +1122,69 @@ static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 }
 
 /*
+ * Whether to go on now, which may be without what is kept.  Requests in flight
+ * are nearly in order: one that isn't finds its place among the last ones.
+ */
+static bool z_erofs_dio_take_turn(struct z_erofs_dio_window *w)
+{
+	struct z_erofs_dio_keep *k = w->keep;
+	struct z_erofs_dio_window *prev;
+
+	guard(spinlock)(&k->lock);
+	if (!test_and_set_bit_lock(0, &k->busy)) {
+		k->turns = true;
+		return true;
+	}
+	if (!k->turns) {
+		w->keep = NULL;
+		return true;
+	}
+	list_for_each_entry_reverse(prev, &k->waiting, link)
+		if (prev->pos <= w->pos || ++prev->overtaken > 8)
+			break;
+	list_add(&w->link, &prev->link);
+	return false;
+}
+
+/* What is kept has been used for the bytes in front of @next */
+static void z_erofs_dio_used_keep(struct z_erofs_dio_keep *k,
+				  struct inode *inode, loff_t next)
+{
+	unsigned int nr;
+
+	k->next = next;
+	if (k->next >= i_size_read(inode))
+		vfree(z_erofs_dio_drop(k));
+	nr = k->nr_pages + k->ahead.nr;
+	if (nr != k->nr) {
+		spin_lock(&z_erofs_dio_kept_lock);
+		z_erofs_dio_account(k, nr);
+		spin_unlock(&z_erofs_dio_kept_lock);
+	}
+}
+
+static void z_erofs_dio_end_turn(struct z_erofs_dio_window *w)
+{
+	struct z_erofs_dio_keep *k = w->keep;
+	struct z_erofs_dio_window *next;
+
+	z_erofs_dio_used_keep(k, w->inode, w->req->end);
+	w->keep = NULL;
+	spin_lock(&k->lock);
+	next = list_first_entry_or_null(&k->waiting, struct z_erofs_dio_window,
+					link);
+	if (next) {
+		list_del(&next->link);
+	} else {
+		k->turns = false;
+		clear_bit_unlock(0, &k->busy);
+	}
+	spin_unlock(&k->lock);
+	if (next)
+		z_erofs_dio_queue_work(next);
+}
+
+/*
  * Stage as many of the last extents before w->rest as are allowed.  Unless it
  * returns true, since nothing has to be read, the window of an asynchronous
  * request belongs to the worker from now on.
@@ -1128,6 +1201,10 @@ static bool z_erofs_dio_stage(struct z_erofs_dio_window *w)
 		w->err = z_erofs_dio_map(w);
 	if (!w->err)
 		w->err = z_erofs_dio_read_in(w);
+	/* if it is going to keep nothing, nobody needs to wait for it */
+	if (w->keep && w->req->async && w->rest <= w->start &&
+	    !(w->nr_ext && w->ext->keep))
+		z_erofs_dio_end_turn(w);
 	if (!atomic_dec_and_test(&w->pending))
 		return false;
 	if (!w->req->async)
@@ -1540,77 +1617,11 @@ static void z_erofs_dio_free_window(struct z_erofs_dio_window *w)
 	kvfree(w);
 }
 
-/*
- * Whether to go on now, which may be without what is kept.  Requests in flight
- * are nearly in order: look no further for the place of one which isn't.
- */
-static bool z_erofs_dio_take_turn(struct z_erofs_dio_window *w)
-{
-	struct z_erofs_dio_keep *k = w->keep;
-	struct z_erofs_dio_window *prev;
-	unsigned int left = 8;
-
-	guard(spinlock)(&k->lock);
-	if (!test_and_set_bit_lock(0, &k->busy)) {
-		k->turns = true;
-		return true;
-	}
-	if (!k->turns) {
-		w->keep = NULL;
-		return true;
-	}
-	list_for_each_entry_reverse(prev, &k->waiting, link)
-		if (prev->pos <= w->pos || !left--)
-			break;
-	list_add(&w->link, &prev->link);
-	return false;
-}
-
-static struct z_erofs_dio_window *z_erofs_dio_end_turn(struct z_erofs_dio_keep *k)
+/* A window of an asynchronous request is done: it's the turn of another one */
+static void z_erofs_dio_next(struct z_erofs_dio_req *rq)
 {
 	struct z_erofs_dio_window *w;
 
-	guard(spinlock)(&k->lock);
-	w = list_first_entry_or_null(&k->waiting, struct z_erofs_dio_window,
-				     link);
-	if (w) {
-		list_del(&w->link);
-	} else {
-		k->turns = false;
-		clear_bit_unlock(0, &k->busy);
-	}
-	return w;
-}
-
-/* What is kept has been used for the bytes in front of @next */
-static void z_erofs_dio_used_keep(struct z_erofs_dio_keep *k,
-				  struct inode *inode, loff_t next)
-{
-	unsigned int nr;
-
-	k->next = next;
-	if (k->next >= i_size_read(inode))
-		vfree(z_erofs_dio_drop(k));
-	nr = k->nr_pages + k->ahead.nr;
-	if (nr != k->nr) {
-		spin_lock(&z_erofs_dio_kept_lock);
-		z_erofs_dio_account(k, nr);
-		spin_unlock(&z_erofs_dio_kept_lock);
-	}
-}
-
-/* A window of an asynchronous request is done: the one whose turn it is now */
-static struct z_erofs_dio_window *z_erofs_dio_next(struct z_erofs_dio_req *rq,
-						   struct z_erofs_dio_keep *k)
-{
-	struct z_erofs_dio_window *w;
-
-	if (k) {
-		z_erofs_dio_used_keep(k, file_inode(rq->file), rq->end);
-		return z_erofs_dio_end_turn(k);
-	}
-	if (rq->keep)
-		return NULL;
 	spin_lock(&rq->lock);
 	w = list_first_entry_or_null(&rq->windows, struct z_erofs_dio_window,
 				     link);
@@ -1619,15 +1630,14 @@ static struct z_erofs_dio_window *z_erofs_dio_next(struct z_erofs_dio_req *rq,
 	else
 		--rq->nr_staged;
 	spin_unlock(&rq->lock);
-	return w;
+	if (w)
+		z_erofs_dio_queue_work(w);
 }
 
-/* All has been filled, or something failed; returns what is to be staged next */
-static struct z_erofs_dio_window *z_erofs_dio_end(struct z_erofs_dio_window *w)
+/* All has been filled, or something failed */
+static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 {
 	struct z_erofs_dio_req *rq = w->req;
-	struct z_erofs_dio_keep *k = w->keep;
-	struct z_erofs_dio_window *next = NULL;
 	struct bio_list bios = w->bios;
 	blk_status_t status = BLK_STS_OK;
 	struct bio *bio;
@@ -1643,16 +1653,18 @@ static struct z_erofs_dio_window *z_erofs_dio_end(struct z_erofs_dio_window *w)
 	if (err)
 		status = err == -ENOMEM ? BLK_STS_RESOURCE : BLK_STS_IOERR;
 	z_erofs_dio_flush_dcache(w);
+	if (rq->async && w->keep)
+		z_erofs_dio_end_turn(w);
+	else if (rq->async && !rq->keep)
+		z_erofs_dio_next(rq);
+	/* the work of the next one must not be taken for this, which runs */
 	z_erofs_dio_free_window(w);
-	if (rq->async)
-		next = z_erofs_dio_next(rq, k);
 	z_erofs_dio_put_req(rq);
 
 	while ((bio = bio_list_pop(&bios))) {
 		bio->bi_status = status;
 		bio_endio(bio);
 	}
-	return next;
 }
 
 static void z_erofs_dio_work(struct work_struct *work)
@@ -1661,12 +1673,13 @@ static void z_erofs_dio_work(struct work_struct *work)
 		container_of(work, struct z_erofs_dio_window, work);
 	/* reclaim may wait for the submitter, who can be a block device */
 	unsigned int noio = memalloc_noio_save();
+	bool more;
 
-	do {
-		cond_resched();
-		if (!z_erofs_dio_unstage(w))
-			w = z_erofs_dio_end(w);
-	} while (w && z_erofs_dio_stage(w));
+	do
+		more = z_erofs_dio_unstage(w);
+	while (more && z_erofs_dio_stage(w));
+	if (!more)
+		z_erofs_dio_end(w);
 	memalloc_noio_restore(noio);
 }
 
@@ -1724,12 +1737,9 @@ static void z_erofs_dio_queue_async(struct z_erofs_dio_window *w)
 			list_add_tail(&w->link, &rq->windows);
 		spin_unlock(&rq->lock);
 	}
-	if (!stage)
-		return;
-	/* a worker may wait for what is being read ahead, submitters don't */
-	if ((w->keep && !completion_done(&w->keep->ahead.done)) ||
-	    z_erofs_dio_stage(w))
-		queue_work(EROFS_I_SB(w->inode)->dio_workqueue, &w->work);
+	/* others wait for those whose turn it is: a submitter may reclaim memory */
+	if (stage && (w->keep || z_erofs_dio_stage(w)))
+		z_erofs_dio_queue_work(w);
 }
 
 static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,

@@ -864,7 +864,9 @@ public:
 		reader = std::jthread(
 			[&] { got = ::pread(big.fd, memory.bytes().data(), kPage, kPage); });
 		uffd_msg message;
-		if (::read(faults, &message, sizeof(message)) != sizeof(message))
+		pollfd ready{faults, POLLIN, 0};
+		if (::poll(&ready, 1, 120'000) != 1 ||
+		    ::read(faults, &message, sizeof(message)) != sizeof(message))
 			throw Error("userfaultfd", 0, "a page fault", errno_text(errno));
 		reads.submit();
 		eventually("a read that a page fault waits for", [&] {
