@@ -35,8 +35,8 @@ QUICK = ("lz4-4k", "lz4-16k", "lz4-64k")
 # nobody is no part of any speed; with little memory it is the largest one, several times what the
 # guest has (8 threads need 100M)
 PART, FILE, THREADS, LARGE = 16 * MIB, 32 * MIB, 8, 320 * MIB
-# KiB that buffered reads are ahead: what Linux has for flash, unlike the disks of the vehicles, which
-# say that they rotate and get 8 MiB; that is a column of its own
+# KiB that buffered reads are ahead: what Linux has for flash; the disks of the vehicles say that
+# they rotate, which get 8 MiB: that is a column of its own
 READ_AHEAD, FAR_AHEAD = 128, 8192
 MEMORY = {"uml": {"ample": "1G", "low": "80M"}, "qemu": {"ample": "1G", "low": "104M"}}
 COUNTED = ("buffered", "far", "direct", "thp", "floor")

@@ -944,13 +944,13 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 	(void)erofs_map_dev(sb, &mdev);
 	/* extents which aren't aligned share blocks */
 	pa = round_down(mdev.m_pa + e->plen, i_blocksize(w->inode));
+	/* one which is late: others have been there */
+	if (w->req->async && a->dif == mdev.m_dif && pa < a->pa &&
+	    a->pa - pa < Z_EROFS_DIO_AHEAD)
+		return;
 	if (a->dif == mdev.m_dif && pa >= a->pa &&
 	    pa - a->pa < (erofs_off_t)a->nr << PAGE_SHIFT) {
 		z_erofs_dio_drop_ahead(a, (pa - a->pa) >> PAGE_SHIFT);
-	} else if (a->dif == mdev.m_dif && pa < a->pa &&
-		   a->pa - pa < Z_EROFS_DIO_AHEAD && w->req->async) {
-		/* this one is late, and others have been there */
-		return;
 	} else {
 		/* extents may be anywhere on the device: guess less often then */
 		if (a->nr) {
