@@ -1657,7 +1657,7 @@ static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 		z_erofs_dio_end_turn(w);
 	else if (rq->async && !rq->keep)
 		z_erofs_dio_next(rq);
-	/* the work of the next one must not be taken for this, which runs */
+	/* a new window at this address would wait for the running work to end */
 	z_erofs_dio_free_window(w);
 	z_erofs_dio_put_req(rq);
 
