@@ -4,7 +4,6 @@
 import argparse
 import json
 import os
-import shutil
 import statistics
 import tempfile
 from collections import defaultdict
@@ -38,6 +37,9 @@ PART, FILE, THREADS, LARGE = 16 * MIB, 32 * MIB, 8, 320 * MIB
 # KiB that buffered reads are ahead: what Linux has for flash; the disks of the vehicles say that
 # they rotate, which get 8 MiB: that is a column of its own
 READ_AHEAD, FAR_AHEAD = 128, 8192
+# files of incompressible data and a bit more, or mkfs.erofs doesn't compress them: blocks are at block
+# boundaries of the file if they come first, and nowhere near them behind anything compressed
+NOISE = (("incompressible", 0, MIB // 4), ("shifted", MIB // 4, 0))
 MEMORY = {"uml": {"ample": "1G", "low": "80M"}, "qemu": {"ample": "1G", "low": "104M"}}
 COUNTED = ("buffered", "far", "direct", "thp", "floor")
 TOP = 15
@@ -75,12 +77,13 @@ def slices(name: str, parts: dict[str, tuple[int, int]], noise: int = 0) -> Data
             start %= len(whole)
             data = (whole[start:] + whole) * (1 + size // len(whole))
             (root / part).write_bytes(data[:size])
-        if noise:
-            shutil.copy(source.truth / "incompressible", root / "noise")
-            os.truncate(root / "noise", noise)
+        for name, front, behind in NOISE if noise else ():
+            middle = (source.truth / "incompressible").read_bytes()[:noise - front - behind]
+            (root / name).write_bytes(whole[:front] + middle + whole[:behind])
         describe(root, work / "list.json", "/usr")
 
-    made = entry("data", digest(name, repr(parts), str(noise), source.listing), make)
+    made = entry("data", digest(name, repr(parts), str(noise), repr(NOISE), source.listing),
+                 make)
     return Data(made / "files", made / "list.json")
 
 
@@ -255,7 +258,8 @@ def timed_cells(image: Image, on: str, memory: str, full: bool) -> Iterator[dict
                 for threads in (1, 2, 8):
                     for depth in (0, 8):
                         yield parameters(image, on, size, pattern, threads, depth)
-    yield parameters(image, on, MIB, content="incompressible")
+    for name, _, _ in NOISE:
+        yield parameters(image, on, MIB, content=name)
 
 
 def timed_columns(image: Image, cell: dict[str, Any], device: str,
@@ -263,8 +267,8 @@ def timed_columns(image: Image, cell: dict[str, Any], device: str,
     files = [f"data{i}" for i in range(cell["threads"])]
     if cell["pattern"] == "random" or cell["memory"] == "low" and cell["threads"] == 1:
         files = ["large"]
-    if cell["data"] == "incompressible":
-        files = ["noise"]
+    if cell["data"] != "mixed":
+        files = [cell["data"]]
     names = ["buffered", "far", "dropbehind", "direct"]
     # User Mode Linux has no huge pages, and a guest with little memory soon has none left
     if cell["vehicle"] != "uml" and cell["memory"] == "ample":
@@ -285,7 +289,7 @@ def work_of(cell: dict[str, Any]) -> int:
     """Bytes of each thread: small random requests take their time each."""
     if cell["pattern"] == "random":
         return max(cell["request"], min(PART, 256 * cell["request"]))
-    if cell["data"] == "incompressible":
+    if cell["data"] != "mixed":
         return PART
     return LARGE if cell["memory"] == "low" and cell["threads"] == 1 else FILE
 
@@ -297,6 +301,10 @@ def measure(on: str, names: list[str], rounds: int, full: bool) -> list[dict[str
     device = "/dev/ubd" if on == "uml" else "/dev/vd"
     rows: list[dict[str, Any]] = []
     for image in images_of(data, names):
+        for name, _, _ in NOISE:
+            extents = output([str(programs.oracle()), "--image", str(image.path), "--extents", name])
+            if len(extents.splitlines()) <= 2:
+                raise Failure(f"{image.path}: {name} is in one piece, thus not compressed at all")
         disks = [image.path, plain, squashfs(data, IMAGES[image.name][2])]
         for memory, size in MEMORY[on].items():
             lists: dict[str, tuple[Path, str]] = {}
