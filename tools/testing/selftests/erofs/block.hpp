@@ -103,8 +103,9 @@ public:
 	{
 		const Sectors whole{device_size(below_) / 512,
 				    all ? std::nullopt : std::optional<uint64_t>(0)};
-		suspend();
+		// what cannot be loaded leaves it as it is
 		load(below_, {whole});
+		suspend();
 		resume();
 	}
 
