@@ -182,24 +182,6 @@ private:
 	std::optional<Fd> read_, write_;
 };
 
-void expect(const fs::path &file, size_t offset, std::string_view what, ssize_t want, ssize_t got)
-{
-	if (want != got)
-		throw Error(file.string(), static_cast<off_t>(offset),
-			    std::to_string(want) + ' ' + std::string(what),
-			    got < 0 ? errno_text(errno) : std::to_string(got));
-}
-
-void expect_bytes(const fs::path &file, size_t offset, std::span<const std::byte> want,
-		  std::span<const std::byte> got)
-{
-	const auto [expected, wrong] = std::ranges::mismatch(want, got);
-	if (expected != want.end() && wrong != got.end())
-		throw Error(file.string(), static_cast<off_t>(offset) + (expected - want.begin()),
-			    "byte " + std::to_string(std::to_integer<int>(*expected)),
-			    std::to_string(std::to_integer<int>(*wrong)));
-}
-
 void expect_untouched(std::string_view what, std::span<const std::byte> bytes,
 		      std::byte mark = kMark)
 {

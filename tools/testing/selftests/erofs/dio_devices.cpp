@@ -145,10 +145,8 @@ public:
 			const auto want = target.expect(at, kStep);
 			const auto got =
 				::pread(target.fd, memory.data(), kStep, static_cast<off_t>(at));
-			if (got != static_cast<ssize_t>(want.size()) ||
-			    std::memcmp(memory.data(), want.data(), want.size()))
-				throw Error(target.path.string(), static_cast<off_t>(at),
-					    "the bytes of the truth", "others");
+			expect(target.path, at, "bytes", static_cast<ssize_t>(want.size()), got);
+			expect_bytes(target.path, at, want, memory);
 		}
 		judge_.refill(arena_.bytes());
 		const auto bytes = bytes_read(number) - before;
@@ -219,9 +217,7 @@ private:
 	static void read_buffered(const Volume &volume)
 	{
 		for (const auto &target : volume.files())
-			if (slurp(target.path) != target.truth)
-				throw Error(target.path.string(), 0, "the bytes of the truth",
-					    "other bytes");
+			expect_bytes(target.path, 0, target.truth, slurp(target.path));
 	}
 
 	// More pieces than a bio has room for, which then would end inside a block.
@@ -355,9 +351,9 @@ private:
 				    "EIO or less than " + std::to_string(good) + " bytes",
 				    got < 0 ? errno_text(static_cast<int>(-got))
 					    : std::to_string(got) + " bytes");
-		if (got > 0 && std::memcmp(memory.data(), want.data(), static_cast<size_t>(got)))
-			throw Error(target.path.string(), static_cast<off_t>(offset),
-				    "the bytes of the truth", "other bytes");
+		if (got > 0)
+			expect_bytes(target.path, offset, want.first(static_cast<size_t>(got)),
+				     memory);
 		judge_.refill(arena_.bytes());
 	}
 

@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdint>
+#include <exception>
 #include <fstream>
+#include <functional>
+#include <mutex>
 #include <random>
 #include <set>
 #include <thread>
@@ -31,10 +33,60 @@ namespace
 
 const fs::path kFaults = "/sys/kernel/debug/fail_page_alloc";
 
-// Reads a file in order, several requests at a time; whether that gave the bytes of the truth.
-template <typename Ring> bool read_queued(const Target &target, int fd, size_t step, size_t end)
+// The first exception of any of them is one of who joins them.
+class Threads
+{
+public:
+	void start(std::function<void()> body)
+	{
+		threads_.emplace_back([this, body = std::move(body)] {
+			try {
+				body();
+			} catch (...) {
+				const std::scoped_lock lock(mutex_);
+				if (!failed_)
+					failed_ = std::current_exception();
+			}
+		});
+	}
+	void join()
+	{
+		threads_.clear();
+		if (failed_)
+			std::rethrow_exception(failed_);
+	}
+
+private:
+	std::mutex mutex_;
+	std::exception_ptr failed_;
+	std::vector<std::jthread> threads_; // end first
+};
+
+std::string reader(const Target &target, std::string_view how, size_t step)
+{
+	return target.path.string() + ", one of several readers, " + std::string(how) + " by " +
+	       std::to_string(step);
+}
+
+// In order, one request at a time.
+void read_singly(const Target &target, int fd, size_t step, size_t end)
+{
+	const auto name = reader(target, "pread", step);
+	const Mapping memory(step);
+	for (size_t at = 0; at < end; at += step) {
+		const auto want = target.expect(at, step);
+		expect(name, at, "bytes", static_cast<ssize_t>(want.size()),
+		       ::pread(fd, memory.bytes().data(), step, static_cast<off_t>(at)));
+		expect_bytes(name, at, want, memory.bytes());
+	}
+}
+
+// In order, several requests at a time.
+template <typename Ring>
+void read_queued(const Target &target, std::string_view how, int fd, size_t step, size_t end)
 {
 	constexpr size_t kDepth = 8;
+	const auto name = reader(target, how, step);
 	const Mapping memory(kDepth * step);
 	std::array<iovec, kDepth> places{};
 	std::array<size_t, kDepth> offsets{};
@@ -50,15 +102,14 @@ template <typename Ring> bool read_queued(const Target &target, int fd, size_t s
 	};
 	for (size_t slot = 0; slot < kDepth; ++slot)
 		submit(slot);
-	bool right = true;
 	while (queue.in_flight()) {
 		const auto [slot, got] = queue.wait();
 		const auto want = target.expect(offsets[slot], step);
-		right = right && got == static_cast<ssize_t>(want.size()) &&
-			!std::memcmp(places[slot].iov_base, want.data(), want.size());
+		errno = static_cast<int>(-got);
+		expect(name, offsets[slot], "bytes", static_cast<ssize_t>(want.size()), got);
+		expect_bytes(name, offsets[slot], want, memory.bytes().subspan(slot * step, step));
 		submit(slot);
 	}
-	return right;
 }
 
 class Tester
@@ -157,8 +208,6 @@ public:
 	// Buffered reads that are dropped behind return the same bytes and leave nothing, either.
 	Result paths_taken()
 	{
-		if (!PathTrace::available())
-			return "the kernel has no event erofs_dio_read";
 		const PathTrace trace;
 		const auto before = reads_;
 		for (const auto &target : targets_) {
@@ -195,42 +244,22 @@ public:
 						step);
 				done += read_at(target, fd, done, step);
 			}
-			std::vector<std::jthread> readers;
-			std::atomic<bool> wrong = false;
+			Threads readers;
 			// what is in use must not be shrunk
 			const std::jthread shrinker([](const std::stop_token &stop) {
 				while (!stop.stop_requested())
 					std::ofstream("/proc/sys/vm/drop_caches") << 2;
 			});
 			for (size_t i = 0; i < 4; ++i)
-				readers.emplace_back([&, i] {
-					const Mapping memory(step);
-					for (size_t at = 0; at < end && !wrong; at += step) {
-						const auto want = target.expect(at, step);
-						const auto got =
-							::pread(fd, memory.bytes().data(), step,
-								static_cast<off_t>(at));
-						if (got != static_cast<ssize_t>(want.size()) ||
-						    std::memcmp(memory.bytes().data(), want.data(),
-								want.size()))
-							wrong = true;
-					}
-				});
+				readers.start([&] { read_singly(target, fd, step, end); });
 			if (step < kMiB && Aio::available())
-				readers.emplace_back([&] {
-					if (!read_queued<Aio>(target, fd, step, end))
-						wrong = true;
-				});
+				readers.start(
+					[&] { read_queued<Aio>(target, "AIO", fd, step, end); });
 			if (step < kMiB && Uring::available())
-				readers.emplace_back([&] {
-					if (!read_queued<Uring>(target, fd, step, end))
-						wrong = true;
+				readers.start([&] {
+					read_queued<Uring>(target, "io_uring", fd, step, end);
 				});
-			readers.clear();
-			if (wrong)
-				throw Error(target.path.string(), 0, "the bytes of the truth",
-					    "others, with several readers of " +
-						    std::to_string(step) + " bytes each");
+			readers.join();
 		}
 		return {};
 	}
@@ -269,7 +298,7 @@ public:
 				if (got < 0)
 					throw Error(target.path.string(), static_cast<off_t>(done),
 						    "data", errno_text(errno));
-				expect_bytes(target, done, aligned(), static_cast<size_t>(got));
+				expect_truth(target, done, aligned(), static_cast<size_t>(got));
 			}
 			expect_value(target, "bytes in all", target.size(), done);
 			expect_value(target, "file position", target.size(),
@@ -309,9 +338,8 @@ public:
 			expect_prefix(target, kMiB, kMiB);
 			expect_prefix(target, kPage, 2 * kMiB);
 		}
-		if (std::ranges::any_of(constant.bytes(),
-					[](auto byte) { return byte != std::byte{}; }))
-			throw Error("read-only memory", 0, "zeros", "something else");
+		expect_bytes("read-only memory", 0, std::vector<std::byte>(4 * kMiB),
+			     constant.bytes());
 		return {};
 	}
 
@@ -332,11 +360,9 @@ public:
 			const auto got = ::preadv(target.fd, parts.data(), parts.size(), 0);
 			const auto size = target.expect(0, parts.size() * kPage).size();
 			expect_value(target, "bytes", size, static_cast<size_t>(got));
-			if (std::memcmp(first.bytes().data(), pattern_.data(), kPage) ||
-			    std::memcmp(first.bytes().data() + 2 * kPage,
-					pattern_.data() + 2 * kPage, kPage))
-				throw Error(target.path.string(), 0, "untouched neighbour pages",
-					    "changed ones");
+			for (const size_t at : {size_t{0}, 2 * kPage})
+				expect_pattern("the neighbours of a page read twice", first.bytes(),
+					       at, kPage);
 			check(target, {target.name, 0, {{0, 4 * kPage}}});
 			check_buffered(target, 0, 4 * kPage);
 		}
@@ -377,8 +403,8 @@ public:
 		for (const auto &target : targets_) {
 			expect_value(target, "cached pages before", 0, cached_pages(target.fd));
 			for (size_t offset = 0; offset < target.size(); offset += kMiB)
-				check(target, {target.name, offset, {{0, kMiB}}});
-			check(target, {target.name, 0, {{0, target.block}}});
+				check_as_it_is(target, {target.name, offset, {{0, kMiB}}});
+			check_as_it_is(target, {target.name, 0, {{0, target.block}}});
 			expect_value(target, "cached pages after", 0, cached_pages(target.fd));
 		}
 		return {};
@@ -413,8 +439,8 @@ public:
 		const auto *target = compressed();
 		if (!target)
 			return "no file of this image has compressed data of its own";
-		if (directory.empty() || !PathTrace::available())
-			return "needs --private and the event erofs_dio_read";
+		if (directory.empty())
+			return "needs --private";
 		const auto path = directory / "destination";
 		constexpr size_t kLength = 64 * kPage;
 		const Fd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600),
@@ -434,12 +460,10 @@ public:
 			static_cast<size_t>(::pread(target->fd, bytes.data() + kPage, length, 0)));
 		if (!PathTrace::taken().contains("private"))
 			throw Error(target->path.string(), 0, "private", "no such event");
-		expect_bytes(*target, 0, bytes.data() + kPage, want.size());
+		expect_truth(*target, 0, bytes.data() + kPage, want.size());
 		const auto end = kPage + want.size();
-		if (std::memcmp(bytes.data(), pattern_.data(), kPage) ||
-		    std::memcmp(bytes.data() + end, pattern_.data() + end, kLength - end))
-			throw Error(path.string(), 0, "untouched bytes around the destination",
-				    "changed ones");
+		expect_pattern(path, bytes, 0, kPage);
+		expect_pattern(path, bytes, end, kLength - end);
 		return {};
 	}
 
@@ -450,8 +474,8 @@ public:
 		const auto *target = compressed();
 		if (!target)
 			return "no file of this image has compressed data of its own";
-		if (!fs::exists(kFaults) || !PathTrace::available())
-			return "the kernel has no fault injection, or no event erofs_dio_read";
+		if (!fs::exists(kFaults))
+			return "the kernel has no fault injection";
 		if (keeps_freed_memory())
 			return "kmemleak gives up for good when it gets no memory";
 		for (const auto &[name, value] : {std::pair{"probability", 100},
@@ -479,7 +503,7 @@ public:
 					    errno_text(errno));
 			expect_value(*target, "bytes read", std::min(kMiB, target->size()),
 				     static_cast<size_t>(got));
-			expect_bytes(*target, 0, aligned(), static_cast<size_t>(got));
+			expect_truth(*target, 0, aligned(), static_cast<size_t>(got));
 		}
 		if (!PathTrace::taken().contains("nomem"))
 			throw Error(target->path.string(), 0, "nomem", "no such event");
@@ -515,9 +539,8 @@ public:
 					continue;
 				}
 				expect_value(target, "bytes read", whole, static_cast<size_t>(got));
-				if (std::memcmp(aligned(), other.data(), want))
-					throw Error(target.path.string(), at, "what is buffered",
-						    "other bytes");
+				expect_bytes(target.path, offset, std::span(other).first(want),
+					     {aligned(), kStep});
 				for (size_t i = 0; i + 512 <= whole; i += 512)
 					if (!std::memcmp(aligned() + i,
 							 pattern_.data() + kGuard + i, 512))
@@ -601,7 +624,11 @@ private:
 	}
 
 	// Where aligned() points to has been written to, so many bytes.
-	void refill(size_t length) { judge_.refill(arena_.bytes().first(kGuard + length)); }
+	void refill(size_t length)
+	{
+		// the guard in front may show that something else has been, too
+		std::copy_n(pattern_.begin() + kGuard, length, aligned());
+	}
 	std::byte *aligned() const { return arena_.bytes().data() + kGuard; }
 	size_t pick(size_t below)
 	{
@@ -628,22 +655,29 @@ private:
 				    std::to_string(static_cast<ssize_t>(got)));
 	}
 
-	static void expect_bytes(const Target &target, size_t offset, const std::byte *bytes,
+	static void expect_truth(const Target &target, size_t offset, const std::byte *bytes,
 				 size_t count)
 	{
 		const auto want = target.expect(offset, count);
-		if (want.size() != count || std::memcmp(bytes, want.data(), count))
-			throw Error(target.path.string(), static_cast<off_t>(offset),
-				    "the bytes of the truth", "other bytes");
+		expect(target.path, offset, "bytes", static_cast<ssize_t>(want.size()),
+		       static_cast<ssize_t>(count));
+		expect_bytes(target.path, offset, want, {bytes, count});
+	}
+
+	void expect_pattern(const fs::path &what, std::span<const std::byte> bytes, size_t at,
+			    size_t length) const
+	{
+		expect_bytes(what, at, std::span(pattern_).subspan(at, length),
+			     bytes.subspan(at, length));
 	}
 
 	size_t read_at(const Target &target, int fd, size_t offset, size_t length)
 	{
 		++reads_;
 		const auto got = ::pread(fd, aligned(), length, static_cast<off_t>(offset));
-		expect_value(target, "bytes", target.expect(offset, length).size(),
-			     static_cast<size_t>(got));
-		expect_bytes(target, offset, aligned(), static_cast<size_t>(got));
+		expect(target.path, offset, "bytes",
+		       static_cast<ssize_t>(target.expect(offset, length).size()), got);
+		expect_truth(target, offset, aligned(), static_cast<size_t>(got));
 		return static_cast<size_t>(got);
 	}
 
@@ -664,8 +698,10 @@ private:
 			reads_ += 2;
 			if (got != want)
 				throw Error(what, at, text(want), text(got));
-			if (got > 0 && std::memcmp(aligned(), alone, static_cast<size_t>(got)))
-				throw Error(what, at, "the bytes of a single read", "other bytes");
+			// those of a single read
+			if (got > 0)
+				expect_bytes(what, offset, {alone, static_cast<size_t>(got)},
+					     {aligned(), static_cast<size_t>(got)});
 			if (got < 0)
 				failed.push_back(offset);
 		}
@@ -686,7 +722,7 @@ private:
 		const auto got =
 			::pread(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
 		expect_value(target, "buffered bytes", bytes.size(), static_cast<size_t>(got));
-		expect_bytes(target, offset, bytes.data(), bytes.size());
+		expect_truth(target, offset, bytes.data(), bytes.size());
 	}
 
 	void expect_fault(const Target &target, std::span<std::byte> memory)
@@ -714,19 +750,14 @@ private:
 		const auto start = rounded - writable / target.block * target.block;
 		const auto got = ::pread(target.fd, bytes.data() + page + start,
 					 rounded - start + missing, 0);
-		if (got < 0 && errno != EFAULT)
-			throw Error(target.path.string(), 0, "EFAULT or fewer bytes",
-				    errno_text(errno));
-		if (got > static_cast<ssize_t>(rounded - start))
+		if (got < 0 ? errno != EFAULT : !got || got > static_cast<ssize_t>(rounded - start))
 			throw Error(target.path.string(), 0,
-				    "at most " + std::to_string(rounded - start) + " bytes",
-				    std::to_string(got));
+				    "EFAULT or up to " + std::to_string(rounded - start) + " bytes",
+				    got < 0 ? errno_text(errno) : std::to_string(got));
 		if (got > 0)
-			expect_bytes(target, 0, bytes.data() + page + start,
+			expect_truth(target, 0, bytes.data() + page + start,
 				     static_cast<size_t>(got));
-		if (std::memcmp(bytes.data(), pattern_.data(), page))
-			throw Error(target.path.string(), 0, "untouched bytes before the buffer",
-				    "changed ones");
+		expect_pattern("before the buffer", bytes, 0, page);
 	}
 
 	void expect_path(const Target &target, size_t offset, const std::vector<Segment> &segments,

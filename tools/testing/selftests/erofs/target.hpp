@@ -47,6 +47,26 @@ struct Target {
 	void uncache() const { ::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED); }
 };
 
+// A call that returned less than 0 has left the reason in errno.
+inline void expect(const std::filesystem::path &file, size_t offset, std::string_view what,
+		   ssize_t want, ssize_t got)
+{
+	if (want != got)
+		throw Error(file.string(), static_cast<off_t>(offset),
+			    std::to_string(want) + ' ' + std::string(what),
+			    got < 0 ? errno_text(errno) : std::to_string(got));
+}
+
+inline void expect_bytes(const std::filesystem::path &file, size_t offset,
+			 std::span<const std::byte> want, std::span<const std::byte> got)
+{
+	const auto [expected, wrong] = std::ranges::mismatch(want, got);
+	if (expected != want.end() && wrong != got.end())
+		throw Error(file.string(), static_cast<off_t>(offset) + (expected - want.begin()),
+			    "byte " + std::to_string(std::to_integer<int>(*expected)),
+			    std::to_string(std::to_integer<int>(*wrong)));
+}
+
 inline std::vector<std::byte> slurp(const std::filesystem::path &path)
 {
 	const Fd fd(path, O_RDONLY);
