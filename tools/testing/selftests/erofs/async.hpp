@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -55,6 +56,8 @@ public:
 		return *take(true);
 	}
 	size_t in_flight() const { return in_flight_; }
+	// Of those that wait in calls which the caller must not wait in, if there are any.
+	virtual void limit_workers(unsigned /*bounded*/) {}
 
 protected:
 	virtual void do_submit(std::span<const Request> requests) = 0;
@@ -172,6 +175,12 @@ public:
 		return true;
 	}
 
+	void limit_workers(unsigned bounded) override
+	{
+		std::array<unsigned, 2> limits{bounded, 0};
+		check("io_uring_register",
+		      ::io_uring_register_iowq_max_workers(&ring_, limits.data()));
+	}
 	// Pins the memory for as long as the ring exists.
 	void register_buffers(std::span<const iovec> buffers)
 	{

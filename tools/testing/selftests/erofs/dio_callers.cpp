@@ -28,7 +28,7 @@
 #include "trace.hpp"
 
 #ifndef STATX_DIO_READ_ALIGN
-#define STATX_DIO_READ_ALIGN 0
+#define STATX_DIO_READ_ALIGN 0x20000
 #endif
 
 namespace fs = std::filesystem;
@@ -69,9 +69,9 @@ class PinBalance
 {
 public:
 	// Somebody is about to write into pinned pages, and will until he is let.
-	void wait_for_pins(long pages = 1) const
+	void wait_for_pins() const
 	{
-		eventually("pages pinned for reads", [&] { return more() >= pages; });
+		eventually("pages pinned for reads", [&] { return more() > 0; });
 	}
 	long more() const { return held() - before_; }
 	void check() const
@@ -90,6 +90,34 @@ private:
 	}
 
 	long before_ = held();
+};
+
+// What the tracepoint tells from now on.
+class Trace : public PathTrace
+{
+public:
+	Trace() { forget(); }
+	void expect_only(const std::set<std::string> &want, std::string_view what) const
+	{
+		if (const auto got = taken(); got != want)
+			throw Error(what, 0, text(want), text(got));
+	}
+	void expect_some(const std::string &want, const std::set<std::string> &allowed,
+			 std::string_view what) const
+	{
+		const auto got = taken();
+		if (!got.contains(want) || !std::ranges::includes(allowed, got))
+			throw Error(what, 0, want, text(got));
+	}
+
+private:
+	static std::string text(const std::set<std::string> &names)
+	{
+		std::string all;
+		for (const auto &name : names)
+			all += (all.empty() ? "" : "+") + name;
+		return all.empty() ? "no event" : all;
+	}
 };
 
 // A process that runs `body` and ends with what it returns.
@@ -196,6 +224,7 @@ struct Piece {
 };
 
 enum class Way { aio, uring, worker, fixed };
+const std::vector<Way> kAllWays{Way::aio, Way::uring, Way::worker, Way::fixed};
 
 std::optional<std::string> missing(Way way)
 {
@@ -209,7 +238,7 @@ class Reads
 {
 public:
 	Reads(const Target &target, std::vector<Piece> pieces, Way way)
-	    : target_(target), pieces_(std::move(pieces)), memory_(needed(pieces_))
+	    : target_(target), pieces_(std::move(pieces)), way_(way), memory_(needed(pieces_))
 	{
 		std::ranges::fill(memory_.bytes(), kMark);
 		size_t at = kPage;
@@ -235,6 +264,18 @@ public:
 	}
 
 	void submit() { queue_->submit(requests_); }
+	// A trace and `pins` have to be older than the requests. What is registered has been
+	// pinned before.
+	void wait_until_begun(const PinBalance &pins) const
+	{
+		size_t bytes = 0;
+		for (const auto &piece : pieces_)
+			bytes += rounded(piece.length);
+		const auto pages = way_ == Way::fixed ? 0 : static_cast<long>(bytes / kPage);
+		eventually("all requests under way without any data", [&] {
+			return PathTrace::all().size() >= pieces_.size() && pins.more() >= pages;
+		});
+	}
 	void expect_none()
 	{
 		if (const auto done = queue_->poll())
@@ -247,20 +288,14 @@ public:
 	{
 		while (queue_->in_flight())
 			check(queue_->wait());
-		for (size_t i = 0, at = 0; i <= pieces_.size(); ++i) {
-			expect_untouched("between the buffers", memory_.bytes().subspan(at, kPage));
-			if (i < pieces_.size())
-				at += kPage + rounded(pieces_[i].length);
-		}
+		check_guards(kMark);
 	}
 	// Of those who race with somebody, only the length is known.
-	void finish_racing()
+	void finish_racing(std::byte guard = kMark)
 	{
-		while (queue_->in_flight()) {
-			const auto done = queue_->wait();
-			expect(target_.path, pieces_[done.id].offset, "bytes",
-			       static_cast<ssize_t>(want(done.id).size()), done.result);
-		}
+		while (queue_->in_flight())
+			check_length(queue_->wait());
+		check_guards(guard);
 	}
 	Queue &queue() { return *queue_; }
 	std::span<std::byte> memory() { return memory_.bytes(); }
@@ -274,17 +309,29 @@ public:
 	}
 	void check(const Completion &done)
 	{
-		const auto &piece = pieces_.at(done.id);
-		errno = static_cast<int>(-done.result);
-		expect(target_.path, piece.offset, "bytes",
-		       static_cast<ssize_t>(want(done.id).size()), done.result);
+		check_length(done);
 		const auto got = place(done.id);
-		expect_bytes(target_.path, piece.offset, want(done.id), got);
+		expect_bytes(target_.path, pieces_[done.id].offset, want(done.id), got);
 		expect_untouched("behind the data", got.subspan(want(done.id).size()));
 	}
 
 private:
 	static size_t rounded(size_t length) { return (length + kPage - 1) / kPage * kPage; }
+	void check_length(const Completion &done) const
+	{
+		errno = static_cast<int>(-done.result);
+		expect(target_.path, pieces_.at(done.id).offset, "bytes",
+		       static_cast<ssize_t>(want(done.id).size()), done.result);
+	}
+	void check_guards(std::byte mark) const
+	{
+		for (size_t i = 0, at = 0; i <= pieces_.size(); ++i) {
+			expect_untouched("between the buffers", memory_.bytes().subspan(at, kPage),
+					 mark);
+			if (i < pieces_.size())
+				at += kPage + rounded(pieces_[i].length);
+		}
+	}
 	static size_t needed(const std::vector<Piece> &pieces)
 	{
 		size_t sum = kPage;
@@ -295,6 +342,7 @@ private:
 
 	const Target &target_;
 	std::vector<Piece> pieces_;
+	Way way_;
 	Mapping memory_;
 	std::vector<iovec> places_;
 	std::vector<Request> requests_;
@@ -331,9 +379,11 @@ public:
 	      reads_(volume_.big, {{kMiB, kMiB}, {4 * kMiB, 4 * kMiB}}, way)
 	{
 		warm(volume_.big);
+		const Trace trace;
+		const PinBalance pins;
 		held_.emplace(device);
 		reads_.submit();
-		pins_.wait_for_pins(5 * kMiB / kPage);
+		reads_.wait_until_begun(pins);
 	}
 
 	std::span<std::byte> memory() { return reads_.memory(); }
@@ -344,7 +394,6 @@ public:
 	}
 
 private:
-	PinBalance pins_;
 	Volume volume_;
 	Reads reads_;
 	std::optional<Suspended> held_; // ends first, or the reads would wait for good
@@ -382,6 +431,31 @@ size_t stored_bytes(const Target &target)
 		throw Error(target.path.string(), 0, "fstat", errno_text(errno));
 	return static_cast<size_t>(info.st_blocks) * 512;
 }
+
+// What is read of the device below a file from now on.
+class DeviceReads
+{
+public:
+	explicit DeviceReads(const Target &target)
+	    : what_(target.path), stored_(stored_bytes(target)), device_(device_of(target))
+	{
+	}
+	// Of what the file takes; index blocks are read as well, and some behind its end.
+	void expect_quarters(size_t most) const
+	{
+		const auto limit = stored_ / 4 * most, bytes = bytes_read(device_) - before_;
+		if (bytes > limit)
+			throw Error(what_.string(), 0,
+				    std::to_string(limit) + " bytes of the device at most",
+				    std::to_string(bytes));
+	}
+
+private:
+	fs::path what_;
+	size_t stored_;
+	std::string device_;
+	size_t before_ = bytes_read(device_);
+};
 
 // Processes whose reads the kernel counts.
 class ControlGroup
@@ -464,8 +538,13 @@ public:
 			     {8 * kMiB, 8 * kMiB},
 			     {0, 16 * kPage}},
 			    way);
+		reads.queue().limit_workers(1);
+		const Trace trace;
+		const PinBalance pins;
 		Suspended held(device_);
 		reads.submit();
+		// who waits for the data of one does not get to the next
+		reads.wait_until_begun(pins);
 		for (int i = 0; i < 100; ++i) {
 			reads.expect_none();
 			std::this_thread::yield();
@@ -473,6 +552,7 @@ public:
 		}
 		held.resume();
 		reads.finish();
+		trace.expect_only({"direct"}, "asynchronous reads");
 		return {};
 	}
 
@@ -494,18 +574,17 @@ public:
 	{
 		const PinBalance pins;
 		lose_reader({}, true);
-		for (const auto way : ways())
+		each(kAllWays, [this](Way way) {
 			for (const bool killed : {true, false})
 				lose_reader(way, killed);
+		});
 		pins.check();
 		return {};
 	}
 
 	Result fork_during_read()
 	{
-		for (const auto way : {Way::aio, Way::uring, Way::fixed}) {
-			if (missing(way))
-				continue;
+		return each({Way::aio, Way::uring, Way::fixed}, [this](Way way) {
 			HeldReads held(device_, options_, way);
 			const Pipe written, over;
 			Child child([&] {
@@ -520,15 +599,12 @@ public:
 			held.resume().finish();
 			over.give();
 			child.expect_success();
-		}
-		return {};
+		});
 	}
 
 	Result munmap_during_read()
 	{
-		for (const auto way : {Way::aio, Way::uring}) {
-			if (missing(way))
-				continue;
+		return each({Way::aio, Way::uring}, [this](Way way) {
 			const PinBalance pins;
 			HeldReads held(device_, options_, way);
 			const auto bytes = held.memory();
@@ -536,12 +612,11 @@ public:
 				   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != bytes.data())
 				throw Error("mmap", 0, "the same place", errno_text(errno));
 			std::ranges::fill(bytes, std::byte{0x22});
-			held.resume().finish_racing();
+			held.resume().finish_racing(std::byte{0x22});
 			expect_untouched("a mapping put in place of the buffer", bytes,
 					 std::byte{0x22});
 			pins.check();
-		}
-		return {};
+		});
 	}
 
 	// A writer spoils what he writes into, and nothing else.
@@ -550,9 +625,7 @@ public:
 		Volume volume(device_.node(), options_);
 		const std::vector<Piece> pieces{
 			{0, kMiB}, {kMiB, 4 * kPage}, {2 * kMiB, 3 * kMiB}, {8 * kMiB, 64 * kPage}};
-		for (const auto way : {Way::aio, Way::uring, Way::fixed}) {
-			if (missing(way))
-				continue;
+		return each({Way::aio, Way::uring, Way::fixed}, [&](Way way) {
 			for (int round = 0; round < 8; ++round) {
 				Reads reads(volume.big, pieces, way);
 				const std::jthread writer([&](const std::stop_token &stop) {
@@ -570,8 +643,7 @@ public:
 			again.finish();
 			for (const auto &piece : pieces)
 				check_buffered(volume.big, piece);
-		}
-		return {};
+		});
 	}
 
 	Result splice_and_sendfile()
@@ -609,10 +681,10 @@ public:
 				throw Error(loop.node(), 0, "LO_FLAGS_DIRECT_IO", "no such flag");
 			const Directory inside("/tmp/inside");
 			const Mount mount(loop.node(), inside.path());
-			compare_all(mount.where(), O_RDONLY);
+			compare_all(mount.where(), O_RDONLY, 4 * kMiB, true);
 			// what holds private data of the image inside is not decoded into
 			trace.expect_some("direct", {"direct", "private"}, name);
-			compare_all(mount.where(), O_RDONLY | O_DIRECT);
+			compare_all(mount.where(), O_RDONLY | O_DIRECT, 4 * kMiB, true);
 		}
 		return {};
 	}
@@ -631,18 +703,16 @@ public:
 				  "overlay");
 		Trace trace;
 		compare_all(mount.where(), O_RDONLY | O_DIRECT, kMiB);
-		trace.expect_some("direct", {"direct", "misaligned"}, "reads through overlayfs");
+		trace.expect_only({"direct"}, "reads through overlayfs");
 		const auto target =
 			open_target(mount.where(), kFile, slurp(fs::path(options_.truth) / kFile));
-		for (const auto way : {Way::aio, Way::uring}) {
-			if (missing(way))
-				continue;
-			trace.forget();
+		each({Way::aio, Way::uring}, [&](Way way) {
+			Trace::forget();
 			Reads reads(target, {{0, kPage}, {kMiB, kMiB}, {4 * kMiB, 8 * kMiB}}, way);
 			reads.submit();
 			reads.finish();
 			trace.expect_only({"direct"}, "asynchronous reads through overlayfs");
-		}
+		});
 		return {};
 	}
 
@@ -672,14 +742,8 @@ public:
 		expect_alignment(volume.big);
 		Trace trace;
 		compare_all(volume.mount.where(), O_RDONLY | O_DIRECT, kMiB);
-		const bool direct = alignment(volume.big.path).stx_dio_offset_align;
-		trace.expect_only({direct ? "direct" : "no-bdev"}, "reads of a file-backed mount");
-		for (const auto way : ways()) {
-			Reads reads(volume.big, {{0, kPage}, {kMiB, kMiB}, {4 * kMiB, 8 * kMiB}},
-				    way);
-			reads.submit();
-			reads.finish();
-		}
+		trace.expect_only({"direct"}, "reads of a file-backed mount");
+		read_each_way(volume.big);
 		return {};
 	}
 
@@ -719,9 +783,8 @@ public:
 		if (!std::getline(swaps, line) || !std::getline(swaps, line))
 			return "there is no swap space";
 		Volume volume(device_.node(), options_);
-		for (int round = 0; round < 4; ++round) {
-			Reads reads(volume.big, {{kMiB, kMiB}, {4 * kMiB, 4 * kMiB}},
-				    Aio::available() ? Way::aio : Way::uring);
+		return each({Way::aio, Way::uring}, [&](Way way) {
+			Reads reads(volume.big, {{kMiB, kMiB}, {4 * kMiB, 4 * kMiB}}, way);
 			const Mapping apart(4 * kMiB);
 			std::ranges::fill(apart.bytes(), std::byte{0x33});
 			for (const auto &bytes : {reads.memory(), apart.bytes()})
@@ -736,58 +799,30 @@ public:
 			reads.finish();
 			expect_untouched("memory apart from the buffers", apart.bytes(),
 					 std::byte{0x33});
-		}
-		return {};
+		});
 	}
 
 	// What is contiguous is decoded into without mapping it.
-	Result huge_destinations()
+	Result huge_destinations(std::string_view name)
 	{
 		Volume volume(device_.node(), options_);
 		const std::vector<std::byte> marks(4 * kMiB, kMark);
 		const LargeFolios settings;
-		std::string missing;
-		size_t kinds = 0;
-		for (const auto &kind : kMemoryKinds) {
-			if (kind.name.find("thp") == kind.name.npos &&
-			    kind.name.find("huge") == kind.name.npos)
-				continue;
-			try {
-				const auto memory = kind.make(kind.size, {marks, {}});
-				read_into(volume.big, memory.bytes());
-				++kinds;
-			} catch (const Unavailable &reason) {
-				missing += (missing.empty() ? "" : "; ") + std::string(kind.name) +
-					   ": " + reason.what();
-			}
+		const auto &kind = *std::ranges::find(kMemoryKinds, name, &MemoryKind::name);
+		try {
+			read_into(volume.big, kind.make(kind.size, {marks, {}}).bytes());
+		} catch (const Unavailable &reason) {
+			return reason.what();
 		}
-		if (!missing.empty() && kinds)
-			ktap::line("    # not tried: " + missing);
-		return kinds ? Result() : missing;
+		return {};
 	}
 
 	// What one request leaves of an extent serves the next one: nothing is read twice.
 	Result sequential_reads_once()
 	{
 		Volume volume(device_.node(), options_);
-		const auto &big = volume.big;
-		const auto stored = stored_bytes(big);
-		const auto device = device_of(big);
-		for (const size_t step : {kPage, 16 * kPage, 16 * kPage}) {
-			const Mapping memory(step);
-			const auto before = bytes_read(device);
-			for (size_t at = 0; at < big.size(); at += step)
-				expect(big.path, at, "bytes",
-				       static_cast<ssize_t>(big.expect(at, step).size()),
-				       ::pread(big.fd, memory.bytes().data(), step,
-					       static_cast<off_t>(at)));
-			// index blocks are read as well, and some behind the file
-			const auto bytes = bytes_read(device) - before;
-			if (bytes > stored + stored / 4)
-				throw Error(big.path.string() + " by " + std::to_string(step), 0,
-					    std::to_string(stored) + " bytes of the device",
-					    std::to_string(bytes));
-		}
+		for (const size_t step : {kPage, 16 * kPage, 16 * kPage})
+			read_once(volume.big, step);
 		return {};
 	}
 
@@ -798,9 +833,8 @@ public:
 			return reason;
 		Volume volume(device_.node(), options_);
 		const auto &big = volume.big;
-		const auto stored = stored_bytes(big);
-		const auto device = device_of(big);
-		const auto before = bytes_read(device);
+		const DeviceReads device(big);
+		const Trace trace;
 		for (size_t at = 0; at < big.size(); at += kMiB) {
 			std::vector<Piece> pieces;
 			for (size_t in = at; in < std::min(at + kMiB, big.size()); in += kPage)
@@ -809,12 +843,9 @@ public:
 			reads.submit();
 			reads.finish();
 		}
+		trace.expect_only({"direct"}, "small requests");
 		// workers of io_uring submit them in any order
-		const auto limit = stored + stored / (way == Way::aio ? 4 : 1);
-		if (const auto bytes = bytes_read(device) - before; bytes > limit)
-			throw Error(big.path.string(), 0,
-				    std::to_string(limit) + " bytes of the device at most",
-				    std::to_string(bytes));
+		device.expect_quarters(way == Way::aio ? 5 : 8);
 		return {};
 	}
 
@@ -883,12 +914,17 @@ public:
 			expect_bytes(big.path, at, want, memory.bytes().first(want.size()));
 			return true;
 		};
+		// what has been kept ends with the extent of the last byte read
+		const auto begins_extent = [&](size_t at) {
+			const auto next = std::ranges::lower_bound(big.starts, at);
+			return next != big.starts.end() && *next < at + step;
+		};
 		size_t served = 0;
 		for (size_t at = 0; at < big.size(); at += step) {
 			{
 				const Failing failing(device_);
 				if (read(at)) {
-					++served;
+					served += begins_extent(at);
 					at += step;
 				}
 			}
@@ -896,9 +932,10 @@ public:
 				throw Error(big.path.string(), static_cast<off_t>(at), "data",
 					    errno_text(errno));
 		}
-		// otherwise nothing had been read ahead
 		if (!served)
-			throw Error(big.path.string(), 0, "reads that need no device", "none");
+			throw Error(big.path.string(), 0,
+				    "extents that had been read ahead when the device failed",
+				    "none");
 		return {};
 	}
 
@@ -973,7 +1010,8 @@ public:
 		constexpr std::string_view kEvent = "kmem/mm_page_alloc";
 		if (!EventTrace::available(kEvent))
 			return "the kernel does not trace allocations";
-		for (const auto way : ways()) {
+		size_t folios = 0;
+		const auto reason = each(kAllWays, [&](Way way) {
 			Volume volume(device_.node(), options_);
 			// compressed data is read into such folios, which are too large for slabs
 			const EventTrace trace(kEvent, "order >= 4 && comm ~ \"kworker*\"");
@@ -982,16 +1020,14 @@ public:
 			reads.submit();
 			reads.finish();
 			const auto all = EventTrace::lines(" mm_page_alloc: ");
-			if (all.empty())
-				throw Error(std::string(kEvent), 0, "folios for compressed data",
-					    "none");
+			folios += all.size();
 			for (const auto &line : all)
 				for (const auto *const flag : {"__GFP_IO", "GFP_KERNEL"})
 					if (line.find(flag) != line.npos)
 						throw Error(std::string(kEvent), 0,
 							    "no I/O to get memory", line);
-		}
-		return {};
+		});
+		return folios ? Result() : reason.value_or("there was no large folio to be had");
 	}
 
 	// Workers that go on for somebody read on his account.
@@ -1000,7 +1036,7 @@ public:
 		if (!ControlGroup::available())
 			return "the kernel has no control groups";
 		const ControlGroup group;
-		for (const auto way : ways()) {
+		return each(kAllWays, [&](Way way) {
 			Volume volume(device_.node(), options_);
 			const auto device = device_of(volume.big);
 			const auto before = bytes_read(device), mine = group.bytes_read(device);
@@ -1018,14 +1054,13 @@ public:
 				throw Error("io.stat of the reader", 0,
 					    std::to_string(bytes) + " bytes of " + device,
 					    std::to_string(counted));
-		}
-		return {};
+		});
 	}
 
 	Result many_requests()
 	{
 		Volume volume(device_.node(), options_);
-		for (const auto way : ways()) {
+		return each(kAllWays, [&](Way way) {
 			const PinBalance pins;
 			expect_no_leak([&] {
 				size_t reads = 0;
@@ -1034,15 +1069,12 @@ public:
 				pins.check();
 				return reads;
 			});
-		}
-		return {};
+		});
 	}
 
 	Result unmount_after()
 	{
-		for (const auto way : {Way::aio, Way::uring}) {
-			if (missing(way))
-				continue;
+		return each({Way::aio, Way::uring}, [this](Way way) {
 			auto truth = slurp(fs::path(options_.truth) / kFile);
 			for (int i = 0; i < 100; ++i) {
 				Mount mount(device_.node(), options_.mount);
@@ -1058,8 +1090,7 @@ public:
 				eventually("use of the mounted image",
 					   [&] { return mount.unmount(); });
 			}
-		}
-		return {};
+		});
 	}
 
 	// So many that all workers a filesystem may have wait for the one that holds its image.
@@ -1067,6 +1098,8 @@ public:
 	{
 		if (!fs::exists("/dev/loop-control"))
 			return "the kernel has no loop device";
+		if (auto reason = missing(Way::aio))
+			return reason;
 		Volume volume(device_.node(), options_);
 		const Loop loop(volume.mount.where() / kPacked);
 		Linear device("erofs-dio-inside", loop.node());
@@ -1079,7 +1112,7 @@ public:
 			throw Error(target.path.string(), 0, "a fragment", "extents of its own");
 		Child child([&] {
 			Reads reads(target, std::vector<Piece>(kMoreThanWorkers, {0, kPage}),
-				    Aio::available() ? Way::aio : Way::uring);
+				    Way::aio);
 			// or the image would be read before the others come
 			Suspended held(device);
 			reads.submit();
@@ -1095,48 +1128,20 @@ private:
 	static constexpr size_t kMany = 128;
 	static constexpr size_t kMoreThanWorkers = 1500; // WQ_DFL_ACTIVE is 1024
 
-	// The tracepoint, where there is one.
-	class Trace
+	// With none of them, nothing has been tested.
+	static Result each(const std::vector<Way> &ways, const std::function<void(Way)> &body)
 	{
-	public:
-		Trace() { forget(); }
-		void forget()
-		{
-			if (trace_)
-				PathTrace::forget();
+		Result reason;
+		bool tried = false;
+		for (const auto way : ways) {
+			if (auto why = missing(way)) {
+				reason = std::move(why);
+				continue;
+			}
+			body(way);
+			tried = true;
 		}
-		void expect_only(const std::set<std::string> &want, std::string_view what) const
-		{
-			if (trace_ && PathTrace::taken() != want)
-				throw Error(what, 0, text(want), text(PathTrace::taken()));
-		}
-		void expect_some(const std::string &want, const std::set<std::string> &allowed,
-				 std::string_view what) const
-		{
-			if (!trace_)
-				return;
-			const auto taken = PathTrace::taken();
-			if (!taken.contains(want) || !std::ranges::includes(allowed, taken))
-				throw Error(what, 0, want, text(taken));
-		}
-
-	private:
-		static std::string text(const std::set<std::string> &names)
-		{
-			std::string all;
-			for (const auto &name : names)
-				all += (all.empty() ? "" : "+") + name;
-			return all.empty() ? "no event" : all;
-		}
-		std::unique_ptr<PathTrace> trace_ =
-			PathTrace::available() ? std::make_unique<PathTrace>() : nullptr;
-	};
-
-	static std::vector<Way> ways()
-	{
-		std::vector<Way> all{Way::aio, Way::uring, Way::worker, Way::fixed};
-		std::erase_if(all, [](Way way) { return missing(way).has_value(); });
-		return all;
+		return tried ? Result() : reason;
 	}
 
 	static void check_buffered(const Target &target, const Piece &piece)
@@ -1150,20 +1155,13 @@ private:
 			     bytes);
 	}
 
-	static void expect_nowait(const Target &target, const Piece &piece,
-				  std::span<const std::byte> memory, ssize_t got)
+	static void expect_unsupported(const Target &target, const Piece &piece, ssize_t got)
 	{
-		if (got == -EAGAIN || got == -EOPNOTSUPP)
-			return;
-		const auto want = target.expect(piece.offset, piece.length);
-		if (got < 0 || static_cast<size_t>(got) > want.size())
+		if (got != -EOPNOTSUPP)
 			throw Error(target.path.string(), static_cast<off_t>(piece.offset),
-				    "EAGAIN, EOPNOTSUPP or up to " + std::to_string(want.size()) +
-					    " bytes",
+				    errno_text(EOPNOTSUPP),
 				    got < 0 ? errno_text(static_cast<int>(-got))
-					    : std::to_string(got));
-		expect_bytes(target.path, piece.offset, want.first(static_cast<size_t>(got)),
-			     memory);
+					    : std::to_string(got) + " bytes");
 	}
 
 	static void try_nowait(const Target &target, const std::vector<Piece> &pieces)
@@ -1173,7 +1171,7 @@ private:
 			const iovec part{memory.bytes().data(), piece.length};
 			const auto got = ::preadv2(target.fd, &part, 1,
 						   static_cast<off_t>(piece.offset), RWF_NOWAIT);
-			expect_nowait(target, piece, memory.bytes(), got < 0 ? -errno : got);
+			expect_unsupported(target, piece, got < 0 ? -errno : got);
 			for (const auto way : {Way::aio, Way::uring, Way::worker}) {
 				if (missing(way))
 					continue;
@@ -1185,7 +1183,7 @@ private:
 				else
 					queue = std::make_unique<Uring>(1);
 				queue->submit(request);
-				expect_nowait(target, piece, memory.bytes(), queue->wait().result);
+				expect_unsupported(target, piece, queue->wait().result);
 			}
 		}
 	}
@@ -1197,6 +1195,7 @@ private:
 		Volume volume(device_.node(), options_);
 		warm(volume.big);
 		const Pipe started;
+		const Trace trace;
 		Suspended held(device_);
 		Child child([&] {
 			if (!way) {
@@ -1205,9 +1204,10 @@ private:
 					::pread(volume.big.fd, memory.bytes().data(), 4 * kMiB, 0));
 			}
 			Reads reads(volume.big, {{0, kMiB}, {4 * kMiB, 4 * kMiB}}, *way);
+			const PinBalance mine;
 			reads.submit();
 			// what has not been started when a process ends is not started any more
-			pins.wait_for_pins();
+			reads.wait_until_begun(mine);
 			started.give();
 			if (killed)
 				reads.finish();
@@ -1271,37 +1271,41 @@ private:
 		if (want.size() < size)
 			throw Error(target.path.string(), at, std::to_string(size) + " bytes",
 				    std::to_string(want.size()));
-		std::vector<std::byte> bytes(want.size());
+		std::vector<std::byte> bytes(want.size() + kPage);
 		expect("the copy", 0, "bytes", static_cast<ssize_t>(want.size()),
-		       ::pread(memory, bytes.data(), bytes.size() + kPage, 0));
+		       ::pread(memory, bytes.data(), bytes.size(), 0));
 		expect_bytes(target.path, offset, want, bytes);
 	}
 
-	// All files below `top` with what they were made from.
-	void compare_all(const fs::path &top, int flags, size_t step = 4 * kMiB) const
+	// All files below `top` with what they were made from; an image inside has no images.
+	void compare_all(const fs::path &top, int flags, size_t step = 4 * kMiB,
+			 bool inside = false) const
 	{
-		const Mapping memory(step);
 		size_t files = 0;
-		for (const auto &entry : fs::recursive_directory_iterator(top)) {
-			if (!entry.is_regular_file() || entry.is_symlink())
+		for (const auto &entry : fs::recursive_directory_iterator(options_.truth)) {
+			const auto name = fs::relative(entry.path(), options_.truth);
+			if (!entry.is_regular_file() || entry.is_symlink() ||
+			    (inside && (name == kPlain || name.extension() == ".erofs")))
 				continue;
-			const auto truth = slurp(options_.truth / fs::relative(entry.path(), top));
-			const Fd fd(entry.path(),
-				    can_be_direct(entry.path()) ? flags : flags & ~O_DIRECT);
-			size_t done = 0;
-			for (ssize_t got; done < truth.size(); done += static_cast<size_t>(got)) {
-				got = ::pread(fd, memory.bytes().data(), step,
-					      static_cast<off_t>(done));
-				const auto rest = std::span(std::as_const(truth)).subspan(done);
-				expect(entry.path(), done, "bytes",
-				       static_cast<ssize_t>(std::min(step, rest.size())), got);
-				expect_bytes(entry.path(), done,
-					     rest.first(static_cast<size_t>(got)), memory.bytes());
-			}
+			compare(top / name, slurp(entry.path()), flags, step);
 			++files;
 		}
 		if (!files)
-			throw Error(top.string(), 0, "files", "none");
+			throw Error(options_.truth, 0, "files", "none");
+	}
+
+	static void compare(const fs::path &path, std::span<const std::byte> truth, int flags,
+			    size_t step)
+	{
+		const Mapping memory(step);
+		const Fd fd(path, can_be_direct(path) ? flags : flags & ~O_DIRECT);
+		for (size_t done = 0; done < truth.size(); done += step) {
+			const auto want =
+				truth.subspan(done).first(std::min(step, truth.size() - done));
+			expect(path, done, "bytes", static_cast<ssize_t>(want.size()),
+			       ::pread(fd, memory.bytes().data(), step, static_cast<off_t>(done)));
+			expect_bytes(path, done, want, memory.bytes());
+		}
 	}
 
 	// As if it had been opened that way; nothing in `path` means that no event is due.
@@ -1341,6 +1345,16 @@ private:
 		return info;
 	}
 
+	// Of what Debian 12 calls spare; older kernels do not tell.
+	static ssize_t read_alignment(const struct statx &info)
+	{
+		constexpr size_t kPlace = 0xb4;
+		uint32_t value = 0;
+		std::memcpy(&value, reinterpret_cast<const std::byte *>(&info) + kPlace,
+			    sizeof(value));
+		return value;
+	}
+
 	// Opening a compressed file always succeeds.
 	static bool can_be_direct(const fs::path &path)
 	{
@@ -1356,6 +1370,9 @@ private:
 	{
 		const auto info = alignment(target.path);
 		const size_t memory = info.stx_dio_mem_align, offset = info.stx_dio_offset_align;
+		if (info.stx_mask & STATX_DIO_READ_ALIGN)
+			expect(target.path, 0, "bytes to align reads to",
+			       static_cast<ssize_t>(offset), read_alignment(info));
 		if (!memory != !offset)
 			throw Error(target.path.string(), 0, "both alignments or none",
 				    std::to_string(memory) + " and " + std::to_string(offset));
@@ -1437,6 +1454,32 @@ private:
 			throw Error("MADV_PAGEOUT", 0, "pages that are gone", "all of them");
 	}
 
+	// In order, with no more to be read than there is.
+	static void read_once(const Target &target, size_t step)
+	{
+		const Mapping memory(step);
+		const DeviceReads device(target);
+		const Trace trace;
+		for (size_t at = 0; at < target.size(); at += step) {
+			const auto want = target.expect(at, step);
+			expect(target.path, at, "bytes", static_cast<ssize_t>(want.size()),
+			       ::pread(target.fd, memory.bytes().data(), step,
+				       static_cast<off_t>(at)));
+			expect_bytes(target.path, at, want, memory.bytes());
+		}
+		trace.expect_only({"direct"}, "reads in order by " + std::to_string(step));
+		device.expect_quarters(5);
+	}
+
+	static void read_each_way(const Target &target)
+	{
+		each(kAllWays, [&](Way way) {
+			Reads reads(target, {{0, kPage}, {kMiB, kMiB}, {4 * kMiB, 8 * kMiB}}, way);
+			reads.submit();
+			reads.finish();
+		});
+	}
+
 	static size_t read_many(const Target &target, Way way, size_t length)
 	{
 		std::vector<Piece> pieces;
@@ -1473,7 +1516,10 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"file_backed_mount", [&] { return tester.file_backed_mount(); }},
 		{"shared_page_cache", [&] { return tester.shared_page_cache(); }},
 		{"swapped_memory", [&] { return tester.swapped_memory(); }},
-		{"huge_destinations", [&] { return tester.huge_destinations(); }},
+		{"huge_destinations_thp", [&] { return tester.huge_destinations("thp"); }},
+		{"huge_destinations_mthp", [&] { return tester.huge_destinations("mthp"); }},
+		{"huge_destinations_hugetlb", [&] { return tester.huge_destinations("hugetlb"); }},
+		{"huge_destinations_memfd", [&] { return tester.huge_destinations("memfd-huge"); }},
 		{"sequential_reads_once", [&] { return tester.sequential_reads_once(); }},
 		{"small_requests_take_turns",
 		 [&] { return tester.small_requests_take_turns(Way::aio); }},

@@ -799,7 +799,7 @@ public:
 		PathTrace::forget();
 		random("nothing_cached", 0.05, 1, all_direct());
 		const auto taken = PathTrace::taken();
-		if (PathTrace::available() && !taken.empty())
+		if (!taken.empty())
 			throw Error("aligned reads", 0, "direct ones only", *taken.begin());
 		for (size_t i = 0; i < before.size(); ++i) {
 			const auto &target = world_.targets[i];

@@ -9,6 +9,8 @@
 #include <string_view>
 #include <vector>
 
+#include "io.hpp"
+
 // What the kernel tells of one kind of event.
 class EventTrace
 {
@@ -53,13 +55,18 @@ private:
 class PathTrace : public EventTrace
 {
 public:
-	static bool available() { return EventTrace::available(kEvent); }
-	explicit PathTrace(const std::string &filter = "0") : EventTrace(kEvent, filter) {}
+	// Who reads directly has it.
+	explicit PathTrace(const std::string &filter = "0") : EventTrace(kEvent, filter)
+	{
+		if (!available(kEvent))
+			throw Error(kEvent, 0, "an event of the kernel", "none");
+	}
 
+	static std::vector<std::string> all() { return lines(" erofs_dio_read: "); }
 	static std::set<std::string> taken()
 	{
 		std::set<std::string> paths;
-		for (const auto &line : lines(" erofs_dio_read: "))
+		for (const auto &line : all())
 			paths.insert(line.substr(line.rfind(' ') + 1));
 		return paths;
 	}
