@@ -264,6 +264,7 @@ public:
 	}
 
 	void submit() { queue_->submit(requests_); }
+	void submit(size_t i) { queue_->submit(requests_.at(i)); }
 	// A trace and `pins` have to be older than the requests. What is registered has been
 	// pinned before.
 	void wait_until_begun(const PinBalance &pins) const
@@ -846,6 +847,79 @@ public:
 		trace.expect_only({"direct"}, "small requests");
 		// workers of io_uring submit them in any order
 		device.expect_quarters(way == Way::aio ? 5 : 8);
+		return {};
+	}
+
+	// Whoever waits for his turn is overtaken by a few of those in front of him only.
+	Result turns_are_fair()
+	{
+		if (auto reason = missing(Way::aio))
+			return reason;
+		constexpr size_t kBehind = 32, kMost = 16;
+		Volume volume(device_.node(), options_);
+		warm(volume.big);
+		// whose turn it is, and the one to be overtaken
+		std::vector<Piece> pieces{{kPage, kPage}, {kBehind * kPage, kPage}};
+		for (size_t i = 2; i < kBehind; ++i)
+			pieces.push_back({i * kPage, kPage});
+		Reads reads(volume.big, pieces, Way::aio);
+		Suspended held(device_);
+		reads.submit();
+		held.resume();
+		size_t before = 0;
+		for (auto done = reads.queue().wait(); done.id != 1; ++before) {
+			reads.check(done);
+			done = reads.queue().wait();
+		}
+		reads.finish();
+		if (before > kMost)
+			throw Error(volume.big.path.string(), kBehind * kPage,
+				    "at most " + std::to_string(kMost) + " requests before it",
+				    std::to_string(before));
+		return {};
+	}
+
+	// One that comes late does not cost the others what has been read ahead for them.
+	Result late_requests()
+	{
+		if (auto reason = missing(Way::aio))
+			return reason;
+		constexpr size_t kStep = 4 * kPage;
+		Volume volume(device_.node(), options_);
+		const auto &big = volume.big;
+		std::vector<Piece> pieces;
+		for (size_t at = 0; at + 4 * kStep <= big.size(); at += 4 * kStep)
+			for (const size_t i : {0, 2, 1, 3})
+				pieces.push_back({at + i * kStep, kStep});
+		Reads reads(big, pieces, Way::aio);
+		const DeviceReads device(big);
+		const Trace trace;
+		for (size_t i = 0; i < pieces.size(); ++i) {
+			reads.submit(i);
+			reads.check(reads.queue().wait());
+		}
+		reads.finish();
+		trace.expect_only({"direct"}, "late requests");
+		// the extent it needs is read again
+		device.expect_quarters(10);
+		return {};
+	}
+
+	// A turn that ends with an error is handed over as any other.
+	Result turns_of_a_failing_device()
+	{
+		if (auto reason = missing(Way::aio))
+			return reason;
+		Volume volume(device_.node(), options_);
+		const auto &big = volume.big;
+		warm(big);
+		Child child([&] {
+			fail_in_turns(big);
+			return 0;
+		});
+		child.expect_success_soon("small requests to a device that fails");
+		// otherwise what is kept would still belong to one of them
+		read_once(big, kPage);
 		return {};
 	}
 
@@ -1480,6 +1554,29 @@ private:
 		});
 	}
 
+	// While the first one waits for data that is not going to come, the others wait for it.
+	void fail_in_turns(const Target &target)
+	{
+		std::vector<Piece> pieces;
+		for (size_t i = 1; i <= 16; ++i)
+			pieces.push_back({i * kPage, kPage});
+		Reads reads(target, pieces, Way::aio);
+		Suspended held(device_);
+		reads.submit();
+		const Failing failing(device_);
+		held.resume();
+		size_t errors = 0;
+		while (reads.queue().in_flight()) {
+			const auto done = reads.queue().wait();
+			if (done.result == -EIO)
+				++errors;
+			else
+				reads.check(done);
+		}
+		if (!errors)
+			throw Error(target.path.string(), kPage, "EIO", "data only");
+	}
+
 	static size_t read_many(const Target &target, Way way, size_t length)
 	{
 		std::vector<Piece> pieces;
@@ -1525,6 +1622,8 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		 [&] { return tester.small_requests_take_turns(Way::aio); }},
 		{"small_requests_of_workers",
 		 [&] { return tester.small_requests_take_turns(Way::worker); }},
+		{"turns_are_fair", [&] { return tester.turns_are_fair(); }},
+		{"late_requests", [&] { return tester.late_requests(); }},
 		{"fault_needs_another_read", [&] { return tester.fault_needs_another_read(); }},
 		{"read_ahead_fails", [&] { return tester.read_ahead_fails(); }},
 		{"bounded_pins", [&] { return tester.bounded_pins(); }},
@@ -1534,6 +1633,7 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"many_requests", [&] { return tester.many_requests(); }},
 		{"unmount_after", [&] { return tester.unmount_after(); }},
 		// last, since whoever hangs there keeps what he uses
+		{"turns_of_a_failing_device", [&] { return tester.turns_of_a_failing_device(); }},
 		{"many_nested_requests", [&] { return tester.many_nested_requests(); }},
 	};
 }
