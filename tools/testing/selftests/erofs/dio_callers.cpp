@@ -748,6 +748,26 @@ public:
 		return {};
 	}
 
+	// Nobody could tell how to align reads.
+	Result image_without_device()
+	{
+		const auto image = fs::path(options_.truth) / kNested.back();
+		struct stat info;
+		if (::stat(image.c_str(), &info))
+			throw Error(image.string(), 0, "stat", errno_text(errno));
+		if (major(info.st_dev))
+			return "--truth is on a filesystem that has a block device";
+		const Mount mount(image, options_.mount);
+		const auto target =
+			open_target(mount.where(), kFile, slurp(fs::path(options_.truth) / kFile));
+		expect_alignment(target);
+		const Trace trace;
+		compare_all(mount.where(), O_RDONLY | O_DIRECT, kMiB, true);
+		read_each_way(target);
+		trace.expect_only({"no-bdev"}, "reads of an image without a block device");
+		return {};
+	}
+
 	Result shared_page_cache()
 	{
 		Linear other("erofs-dio-other", options_.device);
@@ -1611,6 +1631,7 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"fcntl_direct", [&] { return tester.fcntl_direct(); }},
 		{"statx_alignment", [&] { return tester.statx_alignment(); }},
 		{"file_backed_mount", [&] { return tester.file_backed_mount(); }},
+		{"image_without_device", [&] { return tester.image_without_device(); }},
 		{"shared_page_cache", [&] { return tester.shared_page_cache(); }},
 		{"swapped_memory", [&] { return tester.swapped_memory(); }},
 		{"huge_destinations_thp", [&] { return tester.huge_destinations("thp"); }},
