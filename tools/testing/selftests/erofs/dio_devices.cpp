@@ -130,7 +130,7 @@ public:
 	// Where extents do not follow each other on the device, nobody needs what is behind them.
 	Result little_read_in_vain()
 	{
-		constexpr size_t kStep = 64 * 1024, kGuess = 256 * 1024, kGuesses = 6;
+		constexpr size_t kStep = 64 * 1024, kGuess = 512 * 1024, kGuesses = 3;
 		const auto volume = spread(options_.extra);
 		const auto &target = volume.file("backwards");
 		struct stat device, owner;
