@@ -741,7 +741,7 @@ std::vector<Batch> simpler(const World &world, const Batch &batch)
 }
 
 std::string shrunk(const World &world, const Failed &found)
-{
+try {
 	constexpr size_t kTries = 3000;
 	Worker worker(world, true);
 	std::optional<Failed> least;
@@ -765,6 +765,9 @@ std::string shrunk(const World &world, const Failed &found)
 	}
 	return std::string(found.what()) + "; the simplest that fails: " + least->what() +
 	       "; dio_exercise --replay '" + least->batch.spec() + "'";
+} catch (const std::exception &error) {
+	return std::string(found.what()) + "; dio_exercise --replay '" + found.batch.spec() +
+	       "'; while it was made simpler: " + error.what();
 }
 
 class Exerciser
