@@ -517,14 +517,15 @@ double seconds(Clock::duration time)
 	return std::chrono::duration<double>(time).count();
 }
 
+// By nearest rank; a hundredth of fewer than a hundred is not one of them.
 Json quantiles(std::vector<Clock::duration> times)
 {
 	std::ranges::sort(times);
 	Json row = Json::object();
-	for (const auto &[name, part] : {std::pair("p50", 0.5), std::pair("p99", 0.99)})
-		if (!times.empty())
-			row[name] = seconds(times[static_cast<size_t>(
-				part * static_cast<double>(times.size() - 1))]);
+	for (const auto &[name, percent, least] :
+	     {std::tuple("p50", 50, 1), std::tuple("p99", 99, 100)})
+		if (times.size() >= static_cast<size_t>(least))
+			row[name] = seconds(times[(times.size() * percent + 99) / 100 - 1]);
 	return row;
 }
 
