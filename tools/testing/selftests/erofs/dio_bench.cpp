@@ -706,7 +706,8 @@ private:
 			mark<2>();
 			return Clock::now() - start;
 		}
-		std::barrier ready(threads + 1);
+		Clock::time_point start;
+		std::barrier ready(threads, [&]() noexcept { start = Clock::now(); });
 		std::vector<std::exception_ptr> errors(threads);
 		std::vector<std::jthread> running;
 		for (unsigned i = 0; i < threads; ++i)
@@ -718,8 +719,6 @@ private:
 					errors[i] = std::current_exception();
 				}
 			});
-		ready.arrive_and_wait();
-		const auto start = Clock::now();
 		running.clear();
 		const auto time = Clock::now() - start;
 		for (const auto &error : errors)
