@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // Measures the cells of a plan: one way to read, one file system, one request size each. The
-// columns of a cell take turns, so that what drifts with time meets all of them.
+// columns of a cell take turns, in another order each round, so that what drifts with time meets
+// all of them.
 
 #include <algorithm>
 #include <array>
@@ -12,6 +13,7 @@
 #include <iostream>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <sstream>
 #include <thread>
@@ -540,8 +542,8 @@ public:
 			verify(cell, column);
 		// the first pass meets cold allocators and is left out
 		for (unsigned round = 0; round <= rounds; ++round)
-			for (size_t i = 0; i < cell.columns.size(); ++i)
-				pass(cell, cell.columns[(i + round) % cell.columns.size()], round);
+			for (const auto i : shuffled(cell.columns.size()))
+				pass(cell, cell.columns[i], round);
 		if (count_ || cell.random || cell.threads > 1 || cell.depth ||
 		    !PageTrace::offered())
 			return;
@@ -551,6 +553,15 @@ public:
 	}
 
 private:
+	// No column always comes behind the same other one, whose traces it would meet.
+	std::vector<size_t> shuffled(size_t count)
+	{
+		std::vector<size_t> order(count);
+		std::iota(order.begin(), order.end(), 0);
+		std::ranges::shuffle(order, random_);
+		return order;
+	}
+
 	// All ways to read the same file give the same bytes; each is asked once.
 	void verify(const Cell &cell, const Column &column)
 	{
@@ -729,6 +740,7 @@ private:
 
 	fs::path mount_;
 	bool count_;
+	std::mt19937_64 random_;
 	std::map<std::string, bool> verified_;
 	std::map<std::string, std::string> hashes_;
 };
