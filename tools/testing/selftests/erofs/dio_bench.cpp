@@ -677,8 +677,8 @@ private:
 		});
 		Json row = quantiles(all_latencies(works));
 		size_t pages = 0;
-		for (const auto &source : sources)
-			pages += cached_pages(source.fd());
+		for (size_t i = 0; i < std::min(sources.size(), column.files.size()); ++i)
+			pages += cached_pages(sources[i].fd());
 		row.update({{"seconds", seconds(time)},
 			    {"pages", pages},
 			    {"uncached", sources[0].uncached()},
