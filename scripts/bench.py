@@ -219,18 +219,14 @@ def counted(row: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 def show_counts(rows: list[dict[str, Any]], split: bool) -> None:
     cells: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = defaultdict(
         lambda: defaultdict(list))
-    for row in rows:
+    for row in sorted(rows, key=lambda row: COUNTED.index(row["column"])):
         cells[row["cell"]["pcluster"], row["cell"]["request"]][row["column"]].append(row)
-
-    def in_order(item: tuple[str, Any]) -> int:
-        return COUNTED.index(item[0])
-
     print(f"{'pcluster':>9} {'request':>8} {'column':>9} {'insns/MiB':>10} {'decoder':>10} "
           f"{'beside':>9} {'/floor':>7} {'/buffered':>9} {'spread':>7}")
     for (pcluster, request), columns in cells.items():
         middle = {name: statistics.median(row["instructions"] for row in passes)
                   for name, passes in columns.items()}
-        for name, passes in sorted(columns.items(), key=in_order):
+        for name, passes in columns.items():
             values = [row["instructions"] for row in passes]
             against = middle[name] / middle["buffered"] if "buffered" in middle else 0
             print(f"{pcluster >> 10:>8}K {request >> 10:>7}K {name:>9} {middle[name]:10.0f} "
@@ -238,7 +234,7 @@ def show_counts(rows: list[dict[str, Any]], split: bool) -> None:
                   f"{middle[name] - middle['floor']:9.0f} {middle[name] / middle['floor']:7.3f} "
                   f"{against:9.3f} {(max(values) - min(values)) / middle[name]:7.4f}")
     for (pcluster, request), columns in cells.items() if split else ():
-        for name, passes in sorted(columns.items(), key=in_order):
+        for name, passes in columns.items():
             print(f"\n{pcluster >> 10}K {request >> 10}K {name}: instructions per MiB by symbol")
             ranked = sorted(passes[-1]["symbols"].items(), key=lambda item: -item[1])
             for symbol, value in ranked[:TOP]:

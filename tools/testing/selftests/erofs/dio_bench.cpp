@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <sstream>
 #include <thread>
@@ -157,27 +158,40 @@ private:
 	Bytes bytes_;
 };
 
+// Of what each request has read, in whatever order they end; of one, it is added in order.
 class Hash
 {
 public:
-	Hash() { XXH3_128bits_reset(state_.get()); }
-	void add(std::span<const std::byte> data)
+	explicit Hash(size_t request) : request_(request) {}
+
+	void add(size_t at, std::span<const std::byte> data)
 	{
-		XXH3_128bits_update(state_.get(), data.data(), data.size());
+		while (!data.empty()) {
+			const auto part =
+				data.first(std::min(data.size(), request_ - at % request_));
+			if (at % request_ == 0)
+				XXH3_64bits_reset(state_.get());
+			XXH3_64bits_update(state_.get(), part.data(), part.size());
+			data = data.subspan(part.size());
+			at += part.size();
+			if (at % request_ == 0)
+				requests_[at - request_] = XXH3_64bits_digest(state_.get());
+		}
 	}
-	std::string text() const
+
+	uint64_t value() const
 	{
-		const auto value = XXH3_128bits_digest(state_.get());
-		std::array<char, 33> text;
-		std::snprintf(text.data(), text.size(), "%016llx%016llx",
-			      static_cast<unsigned long long>(value.high64),
-			      static_cast<unsigned long long>(value.low64));
-		return text.data();
+		std::vector<uint64_t> all;
+		for (const auto &[at, hash] : requests_)
+			all.insert(all.end(), {at, hash});
+		return XXH3_64bits(all.data(), all.size() * sizeof(all[0]));
 	}
 
 private:
+	size_t request_;
 	std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state_{XXH3_createState(),
 									XXH3_freeState};
+	std::map<size_t, uint64_t> requests_;
 };
 
 // How far buffered reads of a device are ahead of their readers.
@@ -255,6 +269,14 @@ private:
 struct Work {
 	std::vector<size_t> offsets;
 	std::vector<Clock::duration> latencies;
+	// in the round that is not measured
+	std::optional<Hash> hash;
+
+	void use(size_t at, Bytes data)
+	{
+		if (hash)
+			hash->add(at, data);
+	}
 };
 
 void read_in_turn(const Source &source, const Buffer &buffer, size_t request, Work &work)
@@ -263,14 +285,17 @@ void read_in_turn(const Source &source, const Buffer &buffer, size_t request, Wo
 		const auto start = Clock::now();
 		source.read(buffer.part(0, request), offset);
 		work.latencies.push_back(Clock::now() - start);
+		work.use(offset, buffer.part(0, request));
 	}
 }
 
 // The clock of a request would be counted, too.
-void read_uncounted(const Source &source, const Buffer &buffer, size_t request, const Work &work)
+void read_uncounted(const Source &source, const Buffer &buffer, size_t request, Work &work)
 {
-	for (const auto offset : work.offsets)
+	for (const auto offset : work.offsets) {
 		source.read(buffer.part(0, request), offset);
+		work.use(offset, buffer.part(0, request));
+	}
 }
 
 class Ring
@@ -336,6 +361,7 @@ void read_queued(const Source &source, const Buffer &buffer, size_t request, uns
 		work.latencies.push_back(Clock::now() - slots[slot].start);
 		--flying;
 		source.check(result, request, slots[slot].offset);
+		work.use(slots[slot].offset, buffer.part(slot * request, request));
 		submit(slot);
 	}
 }
@@ -538,8 +564,7 @@ public:
 
 	void run(const Cell &cell, unsigned rounds)
 	{
-		for (const auto &column : cell.columns)
-			verify(cell, column);
+		first_.clear();
 		// the first pass meets cold allocators and is left out
 		for (unsigned round = 0; round <= rounds; ++round)
 			for (const auto i : shuffled(cell.columns.size()))
@@ -562,61 +587,37 @@ private:
 		return order;
 	}
 
-	// All ways to read the same file give the same bytes; each is asked once.
-	void verify(const Cell &cell, const Column &column)
-	{
-		const auto &file = column.files.at(0);
-		const auto way = Json{column.device, column.filesystem, file,
-				      column.mode,   column.huge,	cell.bytes}
-					 .dump();
-		if (!verified_.emplace(way, true).second)
-			return;
-		const auto got = column.mode == Mode::floor ? hash_floor(cell, column)
-							    : hash_file(cell, column);
-		const auto [seen, fresh] =
-			hashes_.emplace(file + " " + std::to_string(cell.bytes), got);
-		if (seen->second != got)
-			throw Error(column.name + ": " + file, 0, "data of hash " + seen->second,
-				    got);
-	}
-
-	std::string hash_file(const Cell &cell, const Column &column) const
-	{
-		const Mount mount(column.device, mount_, {}, column.filesystem);
-		const Source source(mount_ / column.files[0], column.mode);
-		const Buffer buffer(size_t{1} << 20, column.huge);
-		Hash hash;
-		for (size_t at = 0; at < cell.bytes;) {
-			const auto length = std::min(size_t{1} << 20, cell.bytes - at);
-			source.read(buffer.part(0, length), at);
-			hash.add(buffer.part(0, length));
-			at += length;
-		}
-		return hash.text();
-	}
-
-	std::string hash_floor(const Cell &cell, const Column &column) const
-	{
-		const Floor floor(column.extents.at(0), column.device, cell.bytes);
-		const Buffer buffer(floor.largest() + Floor::page, true);
-		Hash hash;
-		floor.decode(buffer.part(0, floor.largest() + Floor::page),
-			     [&](size_t at, Bytes data) {
-				     hash.add(data.first(std::min(data.size(), cell.bytes - at)));
-			     });
-		return hash.text();
-	}
-
 	void pass(const Cell &cell, const Column &column, unsigned round)
 	{
-		auto row = column.mode == Mode::floor ? pass_floor(cell, column)
-						      : pass_file(cell, column);
+		std::vector<Work> works(cell.threads);
+		if (!round)
+			for (auto &work : works)
+				work.hash.emplace(cell.request);
+		auto row = column.mode == Mode::floor ? pass_floor(cell, column, works)
+						      : pass_file(cell, column, works);
+		if (!round)
+			verify(column, works);
 		row.update({{"cell", cell.parameters},
 			    {"column", column.name},
 			    {"round", round},
 			    {"bytes", cell.bytes * cell.threads}});
 		if (round || count_)
 			report(row);
+	}
+
+	// All columns of a cell read the same.
+	void verify(const Column &column, const std::vector<Work> &works)
+	{
+		for (size_t i = 0; i < works.size(); ++i) {
+			const auto got = works[i].hash->value();
+			if (first_.size() == i)
+				first_.push_back(got);
+			if (first_[i] != got)
+				throw Error(column.name + ": " +
+						    column.files[i % column.files.size()],
+					    0, "data of hash " + std::to_string(first_[i]),
+					    std::to_string(got));
+		}
 	}
 
 	// What one request takes beside its destination; the one before it has read the meta data.
@@ -635,7 +636,7 @@ private:
 			{"staging", trace.peak()}});
 	}
 
-	Json pass_floor(const Cell &cell, const Column &column) const
+	Json pass_floor(const Cell &cell, const Column &column, std::vector<Work> &works) const
 	{
 		std::vector<Floor> floors;
 		std::deque<Buffer> buffers;
@@ -646,24 +647,27 @@ private:
 		}
 		const auto time = timed(cell.threads, [&](unsigned i) {
 			floors[i].decode(buffers[i].part(0, floors[i].largest() + Floor::page),
-					 [](size_t, Bytes) {});
+					 [&](size_t at, Bytes data) {
+						 works[i].use(
+							 at, data.first(std::min(data.size(),
+										 cell.bytes - at)));
+					 });
 		});
 		return {{"seconds", seconds(time)}};
 	}
 
-	Json pass_file(const Cell &cell, const Column &column) const
+	Json pass_file(const Cell &cell, const Column &column, std::vector<Work> &works) const
 	{
 		const ReadAhead ahead(column.device, column.read_ahead);
 		const Mount mount(column.device, mount_, {}, column.filesystem);
 		std::deque<Source> sources;
 		std::deque<Buffer> buffers;
-		std::vector<Work> works;
 		for (unsigned i = 0; i < cell.threads; ++i) {
 			sources.emplace_back(mount_ / column.files.at(i % column.files.size()),
 					     column.mode);
 			buffers.emplace_back(cell.request * std::max(1u, cell.depth), column.huge);
-			works.push_back({offsets(cell, i, file_size(sources[i].fd())), {}});
-			works.back().latencies.reserve(works.back().offsets.size());
+			works[i].offsets = offsets(cell, i, sources[i].size());
+			works[i].latencies.reserve(works[i].offsets.size());
 		}
 		const auto sectors = sectors_read(column.device);
 		const auto time = timed(cell.threads, [&](unsigned i) {
@@ -741,8 +745,8 @@ private:
 	fs::path mount_;
 	bool count_;
 	std::mt19937_64 random_;
-	std::map<std::string, bool> verified_;
-	std::map<std::string, std::string> hashes_;
+	// hashes of what the first column of a cell has read, by thread
+	std::vector<uint64_t> first_;
 };
 
 } // namespace
