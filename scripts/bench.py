@@ -294,6 +294,12 @@ def work_of(cell: dict[str, Any]) -> int:
     return LARGE if cell["memory"] == "low" and cell["threads"] == 1 else FILE
 
 
+def times_of(cell: dict[str, Any]) -> int:
+    """Mounts of a pass: the slowest hundredth of 256 requests would be two of them."""
+    small = cell["pattern"] == "random" and cell["request"] <= SIZES["16K"]
+    return max(1, 4 // cell["threads"]) if small else 1
+
+
 def measure(on: str, names: list[str], rounds: int, full: bool) -> list[dict[str, Any]]:
     built = kernel(f"{on}-bench")
     data = timed_data()
@@ -309,7 +315,7 @@ def measure(on: str, names: list[str], rounds: int, full: bool) -> list[dict[str
         for memory, size in MEMORY[on].items():
             lists: dict[str, tuple[Path, str]] = {}
             cells = [{"parameters": cell, "bytes": work_of(cell),
-                      "columns": timed_columns(image, cell, device, lists)}
+                      "times": times_of(cell), "columns": timed_columns(image, cell, device, lists)}
                      for cell in timed_cells(image, on, memory, full)]
             with step(f"{on}, {memory} memory, {image.name}: {len(cells)} cells"):
                 rows += guest_rows(built, disks, plan_dir(cells, lists), rounds, mem=size)

@@ -81,8 +81,8 @@ struct Cell {
 	// names the cell in the report; what is not said otherwise below is only passed on
 	Json parameters;
 	bool random;
-	// zero depth: synchronous; bytes: of each thread
-	unsigned threads, depth;
+	// zero depth: synchronous; times: mounts of a pass; bytes: of each thread and mount
+	unsigned threads, depth, times;
 	size_t request, bytes;
 	std::vector<Column> columns;
 };
@@ -94,6 +94,7 @@ void from_json(const Json &item, Cell &cell)
 		given.at("pattern") == "random",
 		given.at("threads"),
 		given.at("depth"),
+		item.value("times", 1u),
 		given.at("request"),
 		item.at("bytes"),
 		item.at("columns")};
@@ -600,7 +601,7 @@ private:
 		row.update({{"cell", cell.parameters},
 			    {"column", column.name},
 			    {"round", round},
-			    {"bytes", cell.bytes * cell.threads}});
+			    {"bytes", cell.bytes * cell.threads * cell.times}});
 		if (round || count_)
 			report(row);
 	}
@@ -659,18 +660,40 @@ private:
 	Json pass_file(const Cell &cell, const Column &column, std::vector<Work> &works) const
 	{
 		const ReadAhead ahead(column.device, column.read_ahead);
+		std::deque<Buffer> buffers;
+		for (unsigned i = 0; i < cell.threads; ++i)
+			buffers.emplace_back(cell.request * std::max(1u, cell.depth), column.huge);
+		Reading all;
+		for (unsigned i = 0; i < cell.times; ++i)
+			read(cell, column, i, buffers, works, all);
+		Json row = quantiles(all_latencies(works));
+		row.update({{"seconds", seconds(all.time)},
+			    {"pages", all.pages},
+			    {"uncached", all.uncached},
+			    {"device_bytes", all.sectors * 512}});
+		return row;
+	}
+
+	struct Reading {
+		Clock::duration time{};
+		size_t pages = 0, sectors = 0;
+		bool uncached = false;
+	};
+
+	void read(const Cell &cell, const Column &column, unsigned time,
+		  const std::deque<Buffer> &buffers, std::vector<Work> &works, Reading &all) const
+	{
 		const Mount mount(column.device, mount_, {}, column.filesystem);
 		std::deque<Source> sources;
-		std::deque<Buffer> buffers;
 		for (unsigned i = 0; i < cell.threads; ++i) {
 			sources.emplace_back(mount_ / column.files.at(i % column.files.size()),
 					     column.mode);
-			buffers.emplace_back(cell.request * std::max(1u, cell.depth), column.huge);
-			works[i].offsets = offsets(cell, i, sources[i].size());
-			works[i].latencies.reserve(works[i].offsets.size());
+			auto &work = works[i];
+			work.offsets = offsets(cell, time * cell.threads + i, sources[i].size());
+			work.latencies.reserve(work.latencies.size() + work.offsets.size());
 		}
 		const auto sectors = sectors_read(column.device);
-		const auto time = timed(cell.threads, [&](unsigned i) {
+		all.time += timed(cell.threads, [&](unsigned i) {
 			if (count_)
 				read_uncounted(sources[i], buffers[i], cell.request, works[i]);
 			else if (cell.depth)
@@ -679,15 +702,12 @@ private:
 			else
 				read_in_turn(sources[i], buffers[i], cell.request, works[i]);
 		});
-		Json row = quantiles(all_latencies(works));
+		all.sectors += sectors_read(column.device) - sectors;
 		size_t pages = 0;
 		for (size_t i = 0; i < std::min(sources.size(), column.files.size()); ++i)
 			pages += cached_pages(sources[i].fd());
-		row.update({{"seconds", seconds(time)},
-			    {"pages", pages},
-			    {"uncached", sources[0].uncached()},
-			    {"device_bytes", (sectors_read(column.device) - sectors) * 512}});
-		return row;
+		all.pages = std::max(all.pages, pages);
+		all.uncached = sources[0].uncached();
 	}
 
 	static std::vector<Clock::duration> all_latencies(const std::vector<Work> &works)
@@ -699,12 +719,12 @@ private:
 	}
 
 	// Random ones are anywhere in the file: if they were dense, buffered reads would find most
-	// of what they need decoded by others.
-	static std::vector<size_t> offsets(const Cell &cell, unsigned thread, size_t size)
+	// of what they need decoded by others. More of them take more mounts.
+	static std::vector<size_t> offsets(const Cell &cell, unsigned seed, size_t size)
 	{
 		const size_t requests = cell.bytes / cell.request;
 		std::vector<size_t> all(requests);
-		std::mt19937_64 random(thread);
+		std::mt19937_64 random(seed);
 		std::uniform_int_distribution<size_t> any(0, size / cell.request - 1);
 		for (size_t i = 0; i < requests; ++i)
 			all[i] = (cell.random ? any(random) : i) * cell.request;
