@@ -137,10 +137,9 @@ if [ $status != 0 ]; then
 	tail -n 1 "$out/bench.rows" >&2
 	fail "dio_bench ended with status $status"
 fi
-before=''
-if [ -e "$out/bench.json" ]; then
-	mv "$out/bench.json" "$out/bench-before.json"
-	before=$out/bench-before.json
-fi
-"$here/dio_report" "$out/bench.rows" --json "$out/bench.json" --markdown "$out/bench.md" \
+before=$out/bench.json
+[ -e "$before" ] || before=''
+"$here/dio_report" "$out/bench.rows" --json "$work/bench.json" --markdown "$out/bench.md" \
 	${before:+--before "$before"}
+[ -z "$before" ] || mv "$before" "$out/bench-before.json"
+cp "$work/bench.json" "$out/bench.json"
