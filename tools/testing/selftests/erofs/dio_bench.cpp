@@ -46,6 +46,8 @@ namespace
 {
 
 constexpr size_t huge_page = 2 << 20;
+// of the middle of a file: several times what is kept and read ahead for its reader
+constexpr size_t staged = 4 << 20;
 
 enum class Mode { buffered, dropbehind, direct, floor };
 
@@ -621,15 +623,23 @@ private:
 		}
 	}
 
-	// What one request takes beside its destination; the one before it has read the meta data.
+	// What a sequential reader takes beside its destination, with what is kept and read ahead
+	// for its next request; one before it has read the meta data.
 	void stage(const Cell &cell, const Column &column) const
 	{
 		const Mount mount(column.device, mount_, {}, column.filesystem);
-		const Source source(mount_ / column.files.at(0), column.mode);
+		const auto path = mount_ / column.files.at(0);
 		const Buffer buffer(cell.request, column.huge);
-		source.read(buffer.part(0, cell.request), 0);
+		const auto read = [&](const Source &source) {
+			const auto whole = source.size() / cell.request;
+			const auto some = std::max(staged / cell.request, size_t{2});
+			for (auto i = whole / 2; i < std::min(whole, whole / 2 + some); ++i)
+				source.read(buffer.part(0, cell.request), i * cell.request);
+		};
+		read(Source(path, column.mode));
+		const Source source(path, column.mode);
 		PageTrace trace;
-		source.read(buffer.part(0, cell.request), 0);
+		read(source);
 		report({{"cell", cell.parameters},
 			{"column", column.name},
 			{"round", 0},
