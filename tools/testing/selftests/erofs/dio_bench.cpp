@@ -127,6 +127,12 @@ size_t huge_bytes()
 	return 0;
 }
 
+// Which the machine has not, or not as many of them.
+class NoHugePages : public Error
+{
+	using Error::Error;
+};
+
 // Memory in huge pages, or in none at all; touched, because page faults are not what is measured.
 class Buffer
 {
@@ -138,12 +144,13 @@ public:
 		// a kernel without huge pages knows neither
 		if (::madvise(bytes_.data(), whole, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE) &&
 		    (huge || errno != EINVAL))
-			throw Error("madvise", 0, "success", errno_text(errno));
+			throw NoHugePages("madvise", 0, "success", errno_text(errno));
 		const size_t before = huge ? huge_bytes() : 0;
 		std::ranges::fill(Bytes(bytes_.data(), huge ? whole : size), std::byte{1});
 		if (huge && huge_bytes() < before + whole)
-			throw Error("madvise", 0, std::to_string(whole) + " bytes in huge pages",
-				    std::to_string(huge_bytes() - before));
+			throw NoHugePages("madvise", 0,
+					  std::to_string(whole) + " bytes in huge pages",
+					  std::to_string(huge_bytes() - before));
 	}
 
 	Bytes part(size_t offset, size_t size) const { return bytes_.subspan(offset, size); }
@@ -571,16 +578,27 @@ public:
 		// the first pass meets cold allocators and is left out
 		for (unsigned round = 0; round <= rounds; ++round)
 			for (const auto i : shuffled(cell.columns.size()))
-				pass(cell, cell.columns[i], round);
+				attempt(cell.columns[i],
+					[&] { pass(cell, cell.columns[i], round); });
 		if (count_ || cell.random || cell.threads > 1 || cell.depth ||
 		    !PageTrace::offered())
 			return;
 		for (const auto &column : cell.columns)
 			if (column.mode == Mode::direct)
-				stage(cell, column);
+				attempt(column, [&] { stage(cell, column); });
 	}
 
 private:
+	// Huge pages may run out at any time, which is no reason to lose what can be measured.
+	template <typename Do> void attempt(const Column &column, Do measure)
+	{
+		try {
+			measure();
+		} catch (const NoHugePages &) {
+			report({{"note", column.name + " is not measured where huge pages lack"}});
+		}
+	}
+
 	// No column always comes behind the same other one, whose traces it would meet.
 	std::vector<size_t> shuffled(size_t count)
 	{
