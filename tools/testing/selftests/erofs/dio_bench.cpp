@@ -24,6 +24,7 @@
 #include <nlohmann/json.hpp>
 #include <sys/ioctl.h>
 #include <sys/uio.h>
+#include <sys/utsname.h>
 #include <xxhash.h>
 
 #include "io.hpp"
@@ -697,8 +698,9 @@ private:
 		Json row = quantiles(all_latencies(works));
 		row.update({{"seconds", seconds(all.time)},
 			    {"pages", all.pages},
-			    {"uncached", all.uncached},
 			    {"device_bytes", all.sectors * 512}});
+		if (column.mode == Mode::dropbehind)
+			row["dropped"] = all.uncached ? "RWF_DONTCACHE" : "posix_fadvise()";
 		return row;
 	}
 
@@ -811,6 +813,9 @@ int main(int argc, char **argv)
 	app.add_flag("--count", count, "for an emulator that counts: report the first pass, too");
 	CLI11_PARSE(app, argc, argv);
 	try {
+		utsname system;
+		::uname(&system);
+		report({{"kernel", system.release}});
 		std::ifstream in(plan);
 		Bench bench(mount, count);
 		for (const Cell &cell : Json::parse(in).get<std::vector<Cell>>())

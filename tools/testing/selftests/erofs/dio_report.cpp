@@ -121,10 +121,20 @@ public:
 	}
 
 	const std::vector<Cell> &cells() const { return cells_; }
+	const std::set<std::string> &kernels() const { return kernels_; }
+	const std::set<std::string> &notes() const { return notes_; }
 
 private:
 	void add(const Json &row)
 	{
+		if (row.contains("kernel"))
+			kernels_.insert("Linux " + row["kernel"].get<std::string>());
+		if (row.contains("note"))
+			notes_.insert(row["note"]);
+		if (!row.contains("cell"))
+			return;
+		if (row.contains("dropped"))
+			notes_.insert("dropbehind: by " + row["dropped"].get<std::string>());
 		auto &cell = find(row.at("cell"));
 		const std::string name = row.at("column");
 		const unsigned round = row.at("round");
@@ -151,6 +161,7 @@ private:
 	}
 
 	std::vector<Cell> cells_;
+	std::set<std::string> kernels_, notes_;
 };
 
 const std::vector<std::pair<std::string, std::string>> pairs = {
@@ -326,6 +337,14 @@ std::string number(double value, int digits)
 	return text.data();
 }
 
+std::string joined(const std::set<std::string> &words)
+{
+	std::string all;
+	for (const auto &word : words)
+		all += (all.empty() ? "" : "; ") + word;
+	return all;
+}
+
 // Of the previous report, to be shown beside this one.
 class Previous
 {
@@ -338,21 +357,27 @@ public:
 		const auto all = Json::parse(in, nullptr, false);
 		if (all.is_discarded())
 			return;
+		kernels_ = " (" +
+			   joined(all.value("kernels", std::set<std::string>{"kernel unknown"})) +
+			   ")";
 		for (const auto &item : all.value("cells", Json::array()))
 			cells_[item.at("cell").dump()] = item;
 		for (const auto &item : all.value("must_hold", Json::array()))
 			demands_[key(item)] = item.at("value");
 	}
 
+	// A title for what was measured, maybe on another kernel.
+	std::string title(const std::string &text) const { return text + kernels_; }
+
 	std::string ratio(const Json &parameters, const std::string &which,
 			  const std::string &metric) const
 	{
 		const auto found = cells_.find(parameters.dump());
 		if (found == cells_.end())
-			return "";
+			return "-";
 		const auto &ratios = found->second.at("ratios");
 		if (!ratios.contains(which) || !ratios[which].contains(metric))
-			return "";
+			return "-";
 		return number(ratios[which][metric].at("median"), 2);
 	}
 
@@ -360,7 +385,7 @@ public:
 	{
 		const auto found = demands_.find(key(item));
 		return found == demands_.end() || found->second.is_null()
-			       ? ""
+			       ? "-"
 			       : number(found->second, 3);
 	}
 
@@ -370,6 +395,7 @@ private:
 		return item.at("name").get<std::string>() + item.at("cell").get<std::string>();
 	}
 
+	std::string kernels_;
 	std::map<std::string, Json> cells_, demands_;
 };
 
@@ -400,7 +426,7 @@ std::string demands_table(const Json &demands, const Previous &previous)
 {
 	if (demands.empty())
 		return {};
-	Table table({"must hold", "cell", "value", "bound", "", "before"});
+	Table table({"must hold", "cell", "value", "bound", "", previous.title("before")});
 	for (const auto &item : demands)
 		table.row({item["name"], item["cell"],
 			   item["value"].is_null() ? "-" : number(item["value"], 3),
@@ -421,8 +447,8 @@ std::string cells_table(const std::vector<Cell> &cells, const Previous &previous
 	std::vector<std::string> titles = {"cell", "buffered"};
 	for (const auto &name : names)
 		titles.push_back(name + "/buffered");
-	titles.insert(titles.end(), {"direct: before", "direct: low..high", "p99 direct/buffered",
-				     "pages left", "device bytes a byte"});
+	titles.insert(titles.end(), {previous.title("direct: before"), "direct: low..high",
+				     "p99 direct/buffered", "pages left", "device bytes a byte"});
 	Table table(titles);
 	bool any = false;
 	for (const auto &cell : cells) {
@@ -434,18 +460,18 @@ std::string cells_table(const std::vector<Cell> &cells, const Previous &previous
 						number(first->median, digits)};
 		for (const auto &name : names) {
 			const auto value = cell.ratio(name, "buffered", metric);
-			row.push_back(value ? number(value->median, 2) : "");
+			row.push_back(value ? number(value->median, 2) : "-");
 		}
 		row.push_back(previous.ratio(cell.parameters, "direct/buffered", metric));
 		const auto direct = cell.ratio("direct", "buffered", metric);
 		row.push_back(direct ? number(direct->low, 2) + ".." + number(direct->high, 2)
-				     : "");
+				     : "-");
 		const auto late = cell.ratio("direct", "buffered", "p99");
-		row.push_back(late ? number(late->median, 2) : "");
+		row.push_back(late ? number(late->median, 2) : "-");
 		for (const auto &[what, precision] :
 		     {std::pair("pages", 0), std::pair("device", 2)}) {
 			const auto value = cell.value("direct", what);
-			row.push_back(value ? number(value->high, precision) : "");
+			row.push_back(value ? number(value->high, precision) : "-");
 		}
 		table.row(row);
 	}
@@ -481,7 +507,10 @@ int main(int argc, char **argv)
 		for (const auto &cell : results.cells())
 			records.push_back(record(cell));
 		const auto must_hold = judge(results.cells());
-		std::string tables = demands_table(must_hold, previous);
+		std::string tables = joined(results.kernels()) + "\n\n";
+		for (const auto &note : results.notes())
+			tables += note + "\n\n";
+		tables += demands_table(must_hold, previous);
 		if (const auto speed = cells_table(results.cells(), previous, "mib_s", 0);
 		    !speed.empty())
 			tables +=
@@ -490,7 +519,12 @@ int main(int argc, char **argv)
 		if (const auto cost = cells_table(results.cells(), previous, "instructions", 0);
 		    !cost.empty())
 			tables += "\nInstructions per MiB: ratios below 1 are cheaper.\n\n" + cost;
-		write(json, Json{{"cells", records}, {"must_hold", must_hold}}.dump(1) + "\n");
+		write(json, Json{{"kernels", results.kernels()},
+				 {"notes", results.notes()},
+				 {"cells", records},
+				 {"must_hold", must_hold}}
+					    .dump(1) +
+				    "\n");
 		write(markdown, tables);
 		std::cout << tables;
 		return 0;
