@@ -2,13 +2,16 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """make bench: what direct reads cost and gain, beside all that a reader could use instead."""
 import argparse
+import fnmatch
 import json
 import os
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import vehicle
 from images import MIB, Data, Image, describe, machine_data, make_image
 from kernel import ARCHES, Kernel, kernel
 from ui import (JOBS, REPO, Failure, cache_dir, digest, entry, main, number, output, run, say,
-                step)
+                step, write)
 
 PACKAGES = ("gcc-aarch64-linux-gnu", "g++-aarch64-linux-gnu", "libc6-dev-arm64-cross",
             "qemu-system-arm", "squashfs-tools", "gnuplot-nox")
@@ -37,12 +40,14 @@ PART, FILE, THREADS, LARGE = 16 * MIB, 32 * MIB, 8, 320 * MIB
 # KiB that buffered reads are ahead: what Linux has for flash; the disks of the vehicles say that
 # they rotate, which get 8 MiB: that is a column of its own
 READ_AHEAD, FAR_AHEAD = 128, 8192
-# files of incompressible data and a bit more, or mkfs.erofs doesn't compress them: blocks are at block
-# boundaries of the file if they come first, and nowhere near them behind anything compressed
+# files of incompressible data and a bit more, or mkfs.erofs doesn't compress them: blocks are at
+# block boundaries of the file if they come first, and nowhere near them behind anything compressed
 NOISE = (("incompressible", 0, MIB // 4), ("shifted", MIB // 4, 0))
 MEMORY = {"uml": {"ample": "1G", "low": "80M"}, "qemu": {"ample": "1G", "low": "104M"}}
 COUNTED = ("buffered", "far", "direct", "thp", "floor")
 TOP = 15
+# that a pass of the slowest decoder takes on average, and a guest to begin and to end
+SECONDS, BOOT = 30, 600
 DISTORTS = """
 What the vehicles distort. qemu: emulated code, so that decoders, which are computation, take a
 larger part of the time than on hardware, and latencies are those of the emulator; where the linker
@@ -52,9 +57,13 @@ were 1.3 to 1.6 apart, so compare ratios of one kernel, and none that are close.
 anywhere, with which buffered reads keep both CPUs busy whatever the request. uml: one CPU, so
 that nothing decodes beside the reader, and mapping kernel memory (vmap), as LZ4 does for what is
 not contiguous, is several times as dear as on hardware: its LZ4 ratios flatter direct reads where
-they map less and are no headline. arm64: executed instructions, which know neither cache misses
+they map less and are no headline. squashfs has blocks of 128 KiB, its default, whatever the
+pclusters beside it. arm64: executed instructions, which know neither cache misses
 nor waiting nor reclaim. Both CPUs belong to whatever else this machine did meanwhile.
 """
+
+
+Rows = list[dict[str, Any]]  # of dio_bench, as it printed them
 
 
 @dataclass(frozen=True)
@@ -153,38 +162,43 @@ def symbols(built: Kernel, program: Path) -> Path:
     return entry("symbols", digest(built.symbols, program), make) / "map"
 
 
-def guest_rows(built: Kernel, disks: list[Path], plan: Path, rounds: int, option: str = "",
-               **more: Any) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def guest_rows(built: Kernel, rows: Rows, disks: list[Path], plan: Path, rounds: int,
+               option: str = "", **more: Any) -> None:
+    """Adds to the rows as they come: those of a guest that fails later tell something, too."""
+    before = len(rows)
 
     def on_line(line: str, _: vehicle.Guest) -> None:
         if line.startswith("@json "):
             try:
-                rows.append(json.loads(line.removeprefix("@json ")))
+                row = json.loads(line.removeprefix("@json "))
             except json.JSONDecodeError:
                 raise Failure(f"the guest's console cut a result in two: {line}") from None
+            if "kernel" in row:
+                row["kernel"] += f", BASE={built.base}"
+            rows.append(row)
 
     # messages must not cut lines in two; errors and panics, as a warning is one here, still show
     script = ("dmesg -n 4\n"
               "thp=/sys/kernel/mm/transparent_hugepage/enabled\n"
               "[ ! -e $thp ] || echo madvise > $thp\n"
               f"dio_bench --plan /truth/plan.json --mount /mnt --rounds {rounds} {option}\n")
+    cells = json.loads((plan / "plan.json").read_text())
+    passes = sum(len(cell["columns"]) for cell in cells)
     try:
         vehicle.boot(built, programs=[programs.bench(built)], disks=disks, truth=plan,
-                     script=script, on_line=on_line, timeout=3600, **more)
+                     script=script, on_line=on_line,
+                     timeout=BOOT + passes * (1 + rounds) * SECONDS, **more)
     except Failure as failure:
-        why = [row["error"] for row in rows if "error" in row]
+        why = [row["error"] for row in rows[before:] if "error" in row]
         raise Failure(why[0] if why else str(failure)) from None
-    cells = json.loads((plan / "plan.json").read_text())
-    wanted = sum(len(cell["columns"]) for cell in cells) * rounds
-    if (got := sum("seconds" in row and row["round"] > 0 for row in rows)) != wanted:
-        raise Failure(f"{wanted} passes were asked for, {got} of them measured")
-    return rows
+    got = sum("seconds" in row and row["round"] > 0 for row in rows[before:])
+    if got != passes * rounds:
+        raise Failure(f"{passes * rounds} passes were asked for, {got} of them measured")
 
 
-def count(names: list[str], sizes: list[str], columns: list[str],
-          rounds: int) -> list[dict[str, Any]]:
-    """Rows of dio_bench with the instructions of each pass."""
+def count(names: list[str], sizes: list[str], columns: list[str], rounds: int,
+          rows: Rows) -> None:
+    """Adds rows of dio_bench with the instructions of each pass."""
     built = kernel("arm64-bench")
     images = images_of(counted_data(), names)
     cells = [{"parameters": parameters(image, "arm64", SIZES[size]), "bytes": PART,
@@ -192,17 +206,19 @@ def count(names: list[str], sizes: list[str], columns: list[str],
                                  extents=[f"/truth/{image.name}"]) for what in columns]}
              for i, image in enumerate(images) for size in sizes]
     plan = plan_dir(cells, {image.name: (image.path, "data") for image in images})
+    found: Rows = []
     with tempfile.TemporaryDirectory(prefix="count-", dir=cache_dir()) as work:
         regions = Path(work) / "regions"
         plugin = f"{programs.counter()},map={symbols(built, programs.bench(built))},out={regions}"
         with step(f"counting instructions in {len(cells)} cells"):
-            rows = guest_rows(built, [image.path for image in images], plan, rounds, "--count",
-                              cpus=1, mem="1G",
-                              vm=["-plugin", plugin, "-icount", "shift=0,sleep=off"])
+            guest_rows(built, found, [image.path for image in images], plan, rounds, "--count",
+                       cpus=1, mem="1G", vm=["-plugin", plugin, "-icount", "shift=0,sleep=off"])
         counts = [json.loads(line) for line in regions.read_text().splitlines()]
-    if len(counts) != len(rows):
-        raise Failure(f"{len(rows)} passes, but {len(counts)} of them counted")
-    return [counted(row, found) for row, found in zip(rows, counts) if row["round"]]
+    passes = [row for row in found if "seconds" in row]
+    if len(counts) != len(passes):
+        raise Failure(f"{len(passes)} passes, but {len(counts)} of them counted")
+    rows += [row for row in found if "seconds" not in row]
+    rows += [counted(row, insns) for row, insns in zip(passes, counts) if row["round"]]
 
 
 def counted(row: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -216,10 +232,10 @@ def counted(row: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
             "decoder": sum(value for name, value in split.items() if name.startswith("LZ4_"))}
 
 
-def show_counts(rows: list[dict[str, Any]], split: bool) -> None:
-    cells: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = defaultdict(
-        lambda: defaultdict(list))
-    for row in sorted(rows, key=lambda row: COUNTED.index(row["column"])):
+def show_counts(rows: Rows, split: bool) -> None:
+    cells: dict[tuple[int, int], dict[str, Rows]] = defaultdict(lambda: defaultdict(list))
+    passes = (row for row in rows if "cell" in row)
+    for row in sorted(passes, key=lambda row: COUNTED.index(row["column"])):
         cells[row["cell"]["pcluster"], row["cell"]["request"]][row["column"]].append(row)
     print(f"{'pcluster':>9} {'request':>8} {'column':>9} {'insns/MiB':>10} {'decoder':>10} "
           f"{'beside':>9} {'/floor':>7} {'/buffered':>9} {'spread':>7}")
@@ -300,26 +316,23 @@ def times_of(cell: dict[str, Any]) -> int:
     return max(1, 4 // cell["threads"]) if small else 1
 
 
-def measure(on: str, names: list[str], rounds: int, full: bool) -> list[dict[str, Any]]:
+def measure(on: str, name: str, rounds: int, full: bool, rows: Rows) -> None:
     built = kernel(f"{on}-bench")
     data = timed_data()
-    plain = make_image(data, "")
+    [image] = images_of(data, [name])
+    for noise, _, _ in NOISE:
+        extents = output([str(programs.oracle()), "--image", str(image.path), "--extents", noise])
+        if len(extents.splitlines()) <= 2:
+            raise Failure(f"{image.path}: {noise} is in one piece, thus not compressed at all")
+    disks = [image.path, make_image(data, ""), squashfs(data, IMAGES[name][2])]
     device = "/dev/ubd" if on == "uml" else "/dev/vd"
-    rows: list[dict[str, Any]] = []
-    for image in images_of(data, names):
-        for name, _, _ in NOISE:
-            extents = output([str(programs.oracle()), "--image", str(image.path), "--extents", name])
-            if len(extents.splitlines()) <= 2:
-                raise Failure(f"{image.path}: {name} is in one piece, thus not compressed at all")
-        disks = [image.path, plain, squashfs(data, IMAGES[image.name][2])]
-        for memory, size in MEMORY[on].items():
-            lists: dict[str, tuple[Path, str]] = {}
-            cells = [{"parameters": cell, "bytes": work_of(cell),
-                      "times": times_of(cell), "columns": timed_columns(image, cell, device, lists)}
-                     for cell in timed_cells(image, on, memory, full)]
-            with step(f"{on}, {memory} memory, {image.name}: {len(cells)} cells"):
-                rows += guest_rows(built, disks, plan_dir(cells, lists), rounds, mem=size)
-    return rows
+    for memory, size in MEMORY[on].items():
+        lists: dict[str, tuple[Path, str]] = {}
+        cells = [{"parameters": cell, "bytes": work_of(cell),
+                  "times": times_of(cell), "columns": timed_columns(image, cell, device, lists)}
+                 for cell in timed_cells(image, on, memory, full)]
+        with step(f"{on}, {memory} memory, {name}: {len(cells)} cells"):
+            guest_rows(built, rows, disks, plan_dir(cells, lists), rounds, mem=size)
 
 
 def plot(cells: list[dict[str, Any]], out: Path) -> None:
@@ -350,17 +363,24 @@ def plot(cells: list[dict[str, Any]], out: Path) -> None:
         run(["gnuplot", "-e", script], what="gnuplot")
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    out = REPO / "out"
-    out.mkdir(exist_ok=True)
-    found, json_file, before = out / "bench.rows", out / "bench.json", out / "bench-before.json"
-    found.write_text("".join(json.dumps({key: value for key, value in row.items()
-                                         if key != "symbols"}) + "\n" for row in rows))
-    if json_file.exists():
-        json_file.rename(before)
+def save(rows: Rows) -> Path:
+    path = REPO / "out/bench.rows"
+    path.parent.mkdir(exist_ok=True)
+    write(path, "".join(json.dumps({key: value for key, value in row.items() if key != "symbols"})
+                        + "\n" for row in rows))
+    return path
+
+
+def report(rows: Rows) -> None:
+    found = save(rows)
+    out = found.parent
+    new, json_file = out / "bench-new.json", out / "bench.json"
     program = programs.built(("dio_report",)) / "dio_report"
-    run([str(program), str(found), "--json", str(json_file), "--markdown", str(out / "bench.md"),
-         "--before", str(before)], what="dio_report")
+    run([str(program), str(found), "--json", str(new), "--markdown", str(out / "bench.md"),
+         "--before", str(json_file)], what="dio_report")
+    if json_file.exists():
+        json_file.rename(out / "bench-before.json")
+    new.rename(json_file)
     with (out / "bench.md").open("a") as markdown:
         markdown.write(DISTORTS)
     plot(json.loads(json_file.read_text())["cells"], out)
@@ -375,6 +395,48 @@ def options() -> argparse.Namespace:
                         "lz4-4k,1M,direct,thp; all of what is not named")
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
+
+
+def parts(rounds: int, full: bool) -> dict[str, Callable[[Rows], None]]:
+    """What ONLY= chooses from."""
+    every: dict[str, Callable[[Rows], None]] = {"count": partial(
+        count, list(QUICK) if full else ["lz4-4k", "lz4-64k"],
+        list(SIZES) if full else ["64K", "1M"], list(COUNTED), rounds)}
+    for on in ("qemu", "uml") if full else ("qemu",):
+        for name in IMAGES if full else QUICK:
+            every[f"{on}.{name}"] = partial(measure, on, name, rounds, full)
+    only = os.environ.get("ONLY") or "*"
+    some = {name: part for name, part in every.items()
+            if fnmatch.fnmatch(name, only) or fnmatch.fnmatch(name.rpartition(".")[2], only)}
+    if not some:
+        raise Failure(f"ONLY={only} matches none of {', '.join(every)}")
+    return some
+
+
+def all_parts(todo: dict[str, Callable[[Rows], None]]) -> None:
+    """What has been measured is reported, whatever happens to the rest."""
+    # what cannot be built fails once, and before anything else takes hours
+    for on in dict.fromkeys(name.partition(".")[0] for name in todo):
+        kernel("arm64-bench" if on == "count" else f"{on}-bench")
+    rows: Rows = []
+    missing = list(todo)
+    try:
+        for name, part in todo.items():
+            try:
+                part(rows)
+                missing.remove(name)
+            except Failure as failure:
+                say(f"{name}: {failure}")
+            save(rows)
+    finally:
+        text = f"not measured, or not all of it: {', '.join(missing)}"
+        if any("cell" in row for row in rows):
+            report([*rows, {"note": text}] if missing else rows)
+            say("figures of one run of this machine: see out/bench.md, .json and the plots")
+        if missing:
+            say(f"error: {text}")
+    if missing:
+        sys.exit(1)
 
 
 def chosen(words: set[str], names: list[str]) -> list[str]:
@@ -394,18 +456,12 @@ def bench() -> None:
                       f"{', '.join([*QUICK, *SIZES, *COUNTED])}")
     if args.count:
         columns = dict.fromkeys([*chosen(words, list(COUNTED)), "floor"])
-        rows = count(chosen(words, list(QUICK)), chosen(words, list(SIZES)), list(columns),
-                     args.rounds)
+        rows: Rows = []
+        count(chosen(words, list(QUICK)), chosen(words, list(SIZES)), list(columns), args.rounds,
+              rows)
         show_counts(rows, bool(words))
         return
-    full = bool(number("FULL", 0))
-    names = list(IMAGES if full else QUICK)
-    rows = count(list(QUICK) if full else ["lz4-4k", "lz4-64k"],
-                 list(SIZES) if full else ["64K", "1M"], list(COUNTED), args.rounds)
-    for on in ("qemu", "uml") if full else ("qemu",):
-        rows += measure(on, names, args.rounds, full)
-    report(rows)
-    say("figures of one run of this machine: see out/bench.md, out/bench.json and the plots")
+    all_parts(parts(args.rounds, bool(number("FULL", 0))))
 
 
 if __name__ == "__main__":
