@@ -20,6 +20,7 @@ help:
 	@echo 'IMAGE=FILE    make run: your own EROFS image'
 	@echo 'DATA=DIR      make run: images made of your own directory'
 	@echo 'ONLY=GLOB     make check: only the guests of this name (lz4*, qemu.*)'
+	@echo '              make bench: only this part (count: instructions, qemu.lz4-4k)'
 	@echo 'SAN=1         make check: on kernels with KASAN, UBSAN, lockdep and kmemleak'
 	@echo 'PAGES=16K     make check: all images on arm64 with such pages (emulated), instead'
 	@echo 'SOAK=N        make check: N seconds of random reads of each image, instead of READS'

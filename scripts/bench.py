@@ -234,8 +234,7 @@ def counted(row: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 
 def show_counts(rows: Rows, split: bool) -> None:
     cells: dict[tuple[int, int], dict[str, Rows]] = defaultdict(lambda: defaultdict(list))
-    passes = (row for row in rows if "cell" in row)
-    for row in sorted(passes, key=lambda row: COUNTED.index(row["column"])):
+    for row in sorted(rows, key=lambda row: COUNTED.index(row["column"])):
         cells[row["cell"]["pcluster"], row["cell"]["request"]][row["column"]].append(row)
     print(f"{'pcluster':>9} {'request':>8} {'column':>9} {'insns/MiB':>10} {'decoder':>10} "
           f"{'beside':>9} {'/floor':>7} {'/buffered':>9} {'spread':>7}")
@@ -459,7 +458,7 @@ def bench() -> None:
         rows: Rows = []
         count(chosen(words, list(QUICK)), chosen(words, list(SIZES)), list(columns), args.rounds,
               rows)
-        show_counts(rows, bool(words))
+        show_counts([row for row in rows if "cell" in row], bool(words))
         return
     all_parts(parts(args.rounds, bool(number("FULL", 0))))
 
