@@ -133,7 +133,9 @@ def column(name: str, device: str, files: list[str], filesystem: str = "erofs",
            extents: list[str] | None = None) -> dict[str, Any]:
     modes = {"thp": "direct", "plain": "direct", "squashfs": "buffered", "far": "buffered"}
     return {"name": name, "device": device, "filesystem": filesystem, "files": files,
-            "mode": modes.get(name, name), "huge": name == "thp", "extents": extents or [],
+            "mode": modes.get(name, name), "extents": extents or [],
+            # of which User Mode Linux has none
+            "huge": name in ("thp", "floor") and not device.startswith("/dev/ubd"),
             "read_ahead": FAR_AHEAD if name == "far" else READ_AHEAD}
 
 

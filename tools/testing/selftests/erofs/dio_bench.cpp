@@ -673,7 +673,7 @@ private:
 		for (unsigned i = 0; i < cell.threads; ++i) {
 			floors.emplace_back(column.extents.at(i % column.extents.size()),
 					    column.device, cell.bytes);
-			buffers.emplace_back(floors.back().largest() + Floor::page, true);
+			buffers.emplace_back(floors.back().largest() + Floor::page, column.huge);
 		}
 		const auto time = timed(cell.threads, [&](unsigned i) {
 			floors[i].decode(buffers[i].part(0, floors[i].largest() + Floor::page),
