@@ -81,8 +81,8 @@ struct z_erofs_dio_keep {
 	unsigned long busy;
 	spinlock_t lock;		/* of the two below */
 	bool turns;			/* it belongs to such a window */
-	struct list_head waiting;	/* .. and then to these */
-	loff_t came;			/* where the last one to come ends */
+	struct list_head waiting;	/* .. and is handed on to these */
+	loff_t came;			/* where their last request to come ends */
 	struct list_head lru;
 	unsigned int nr;		/* pages that are accounted for */
 	loff_t next;			/* where a sequential reader goes on */
@@ -422,12 +422,6 @@ static void z_erofs_dio_copy_page(const struct z_erofs_dio_dest *d, loff_t pos,
 	kunmap_local(src);
 }
 
-static bool z_erofs_dio_too_many(void)
-{
-	return READ_ONCE(z_erofs_dio_nr_kept) >=
-		totalram_pages() / Z_EROFS_DIO_MAX_KEPT;
-}
-
 static struct page *z_erofs_dio_kept_page(struct z_erofs_dio_keep *k,
 					  loff_t pos)
 {
@@ -504,37 +498,49 @@ static void z_erofs_dio_account(struct z_erofs_dio_keep *k, unsigned int nr)
 		list_del_init(&k->lru);
 }
 
-/* Drop what is there for the longest time; the result is to be freed by vfree() */
-static void *z_erofs_dio_shrink_one(unsigned long *freed)
+/* Drop what is there for the longest time; returns how many pages that was */
+static unsigned long z_erofs_dio_shrink_one(void)
 {
 	struct z_erofs_dio_keep *k;
+	unsigned long freed = 0;
 	void *addr = NULL;
 
-	guard(spinlock)(&z_erofs_dio_kept_lock);
+	spin_lock(&z_erofs_dio_kept_lock);
 	list_for_each_entry(k, &z_erofs_dio_kept, lru) {
 		if (test_and_set_bit_lock(0, &k->busy))
 			continue;
 		if (completion_done(&k->ahead.done)) {
-			*freed += k->nr;
+			freed = k->nr;
 			addr = z_erofs_dio_drop(k);
 			z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
 			z_erofs_dio_account(k, 0);
-			clear_bit_unlock(0, &k->busy);
-			break;
 		}
 		clear_bit_unlock(0, &k->busy);
+		if (freed)
+			break;
 	}
-	return addr;
+	spin_unlock(&z_erofs_dio_kept_lock);
+	vfree(addr);
+	return freed;
 }
 
 /*
- * Have room for @nr pages.  If all files together have too many, somebody who
- * has had his for longer loses them: readers who go on get new ones.
+ * If all files together have too many pages, those who have had theirs for
+ * longer lose them: readers who go on get new ones.
  */
+static bool z_erofs_dio_may_keep(void)
+{
+	while (READ_ONCE(z_erofs_dio_nr_kept) >=
+	       totalram_pages() / Z_EROFS_DIO_MAX_KEPT)
+		if (!z_erofs_dio_shrink_one())
+			return false;
+	return true;
+}
+
+/* Have room for @nr pages */
 static bool z_erofs_dio_make_room(struct z_erofs_dio_keep *k, unsigned int nr)
 {
 	gfp_t gfp = (GFP_KERNEL & ~__GFP_RECLAIM) | __GFP_NOWARN;
-	unsigned long freed = 0;
 	unsigned int got = 0, before;
 	struct page **pages;
 
@@ -543,11 +549,8 @@ static bool z_erofs_dio_make_room(struct z_erofs_dio_keep *k, unsigned int nr)
 	if (nr <= k->nr_pages)
 		return true;
 	vfree(z_erofs_dio_drop(k));
-	if (z_erofs_dio_too_many()) {
-		vfree(z_erofs_dio_shrink_one(&freed));
-		if (!freed)
-			return false;
-	}
+	if (!z_erofs_dio_may_keep())
+		return false;
 	nr = round_up(nr, max_t(unsigned int, SZ_64K / PAGE_SIZE, 1));
 	pages = kvcalloc(nr, sizeof(*pages), gfp);
 	if (!pages)
@@ -578,14 +581,12 @@ static unsigned long z_erofs_dio_shrink_count(struct shrinker *shrink,
 static unsigned long z_erofs_dio_shrink_scan(struct shrinker *shrink,
 					     struct shrink_control *sc)
 {
-	unsigned long freed = 0, before;
-	void *addr;
+	unsigned long freed = 0, nr;
 
 	do {
-		before = freed;
-		addr = z_erofs_dio_shrink_one(&freed);
-		vfree(addr);
-	} while (freed > before && freed < sc->nr_to_scan);
+		nr = z_erofs_dio_shrink_one();
+		freed += nr;
+	} while (nr && freed < sc->nr_to_scan);
 	return freed ?: SHRINK_STOP;
 }
 
@@ -593,11 +594,12 @@ static unsigned long z_erofs_dio_shrink_scan(struct shrinker *shrink,
 static void z_erofs_dio_copy_kept(struct z_erofs_dio_window *w)
 {
 	struct z_erofs_dio_keep *k = w->keep;
-	loff_t end = k ? min(w->end, k->end) : 0;
 	unsigned int len;
+	loff_t end;
 
 	if (!k || w->pos < k->pos)
 		return;
+	end = min(w->end, k->end);
 	for (; w->start < end; w->start += len) {
 		len = min_t(loff_t, end - w->start,
 			    PAGE_SIZE - offset_in_page(w->start));
@@ -762,7 +764,7 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 		}
 		e->len = w->rest - e->la;
 		w->rest = from;
-		if (keep && e->inpages && !e->plain)
+		if (keep && e->inpages)
 			z_erofs_dio_extend(w, e, map.m_la + map.m_llen);
 	}
 	erofs_put_metabuf(&map.buf);
@@ -963,12 +965,14 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 	}
 	end = bdev_nr_bytes(mdev.m_bdev);
 	pa = a->pa + mdev.m_dif->fsoff + ((erofs_off_t)a->nr << PAGE_SHIFT);
-	if (a->nr > w->req->ahead / 2 || pa >= end || z_erofs_dio_too_many())
+	if (a->nr > w->req->ahead / 2 || pa >= end)
 		return;
 	if (a->wait) {
 		--a->wait;
 		return;
 	}
+	if (!z_erofs_dio_may_keep())
+		return;
 
 	bio = bio_alloc(mdev.m_bdev, w->req->ahead - a->nr,
 			REQ_OP_READ | REQ_RAHEAD, gfp);
@@ -1002,13 +1006,11 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 static bool z_erofs_dio_take_ahead(struct z_erofs_dio_window *w,
 				   struct z_erofs_dio_extent *e)
 {
+	struct z_erofs_dio_ahead *a = &w->keep->ahead;
 	struct erofs_map_dev mdev = { .m_pa = e->pa };
-	struct z_erofs_dio_ahead *a;
 	struct page **in = w->in + e->in;
-	unsigned int nr;
-	erofs_off_t pa;
+	erofs_off_t pa, nr;		/* it may be anywhere on the device */
 
-	a = &w->keep->ahead;
 	(void)erofs_map_dev(w->inode->i_sb, &mdev);
 	pa = round_down(mdev.m_pa, i_blocksize(w->inode));
 	if (a->dif != mdev.m_dif || pa < a->pa)
@@ -1122,13 +1124,14 @@ static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 }
 
 /*
- * Whether to go on now, which may be without what is kept.  Requests in flight
- * are nearly in order: one that isn't finds its place among the last ones.
+ * Whether to go on now, which may be without what is kept, or to wait in order
+ * of positions.  Nobody is overtaken more than 8 times.
  */
 static bool z_erofs_dio_take_turn(struct z_erofs_dio_window *w)
 {
 	struct z_erofs_dio_keep *k = w->keep;
 	struct z_erofs_dio_window *prev;
+	struct list_head *at;
 
 	guard(spinlock)(&k->lock);
 	if (!test_and_set_bit_lock(0, &k->busy)) {
@@ -1139,10 +1142,12 @@ static bool z_erofs_dio_take_turn(struct z_erofs_dio_window *w)
 		w->keep = NULL;
 		return true;
 	}
-	list_for_each_entry_reverse(prev, &k->waiting, link)
+	list_for_each_prev(at, &k->waiting) {
+		prev = list_entry(at, struct z_erofs_dio_window, link);
 		if (prev->pos <= w->pos || ++prev->overtaken > 8)
 			break;
-	list_add(&w->link, &prev->link);
+	}
+	list_add(&w->link, at);
 	return false;
 }
 
@@ -1153,8 +1158,11 @@ static void z_erofs_dio_used_keep(struct z_erofs_dio_keep *k,
 	unsigned int nr;
 
 	k->next = next;
-	if (k->next >= i_size_read(inode))
+	if (k->next >= i_size_read(inode)) {
 		vfree(z_erofs_dio_drop(k));
+		if (completion_done(&k->ahead.done))
+			z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
+	}
 	nr = k->nr_pages + k->ahead.nr;
 	if (nr != k->nr) {
 		spin_lock(&z_erofs_dio_kept_lock);
@@ -1416,7 +1424,8 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 			 }, pool);
 	if (reason) {
 		err = IS_ERR(reason) ? PTR_ERR(reason) : -EFSCORRUPTED;
-		if (err != -ENOMEM && __ratelimit(&rs))
+		/* without what goes beyond the window, it is tried again */
+		if (err != -ENOMEM && !e->keep && __ratelimit(&rs))
 			erofs_err(sb, "failed to decompress (%s) %s @ pa %llu size %u => %u of nid %llu",
 				  alg->name,
 				  IS_ERR(reason) ? "error" : reason, e->pa,
@@ -1552,9 +1561,8 @@ static int z_erofs_dio_fill_cached(struct z_erofs_dio_window *w)
 	ssize_t ret;
 
 	init_sync_kiocb(&iocb, w->req->file);
-	iocb.ki_flags = 0;
-	if (w->end - w->pos >= Z_EROFS_DIO_DONTCACHE)
-		iocb.ki_flags = IOCB_DONTCACHE;
+	iocb.ki_flags = w->end - w->pos >= Z_EROFS_DIO_DONTCACHE ?
+			IOCB_DONTCACHE : 0;
 	iocb.ki_pos = w->pos;
 	bio_list_for_each(bio, &w->bios) {
 		bio_for_each_bvec(bv, bio, bi) {
@@ -1657,7 +1665,10 @@ static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 		z_erofs_dio_end_turn(w);
 	else if (rq->async && !rq->keep)
 		z_erofs_dio_next(rq);
-	/* a new window at this address would wait for the running work to end */
+	/*
+	 * As late as possible: the work of a new window at this address would
+	 * be taken for the one that is running, and wait for it.
+	 */
 	z_erofs_dio_free_window(w);
 	z_erofs_dio_put_req(rq);
 
@@ -1675,6 +1686,7 @@ static void z_erofs_dio_work(struct work_struct *work)
 	unsigned int noio = memalloc_noio_save();
 	bool more;
 
+	/* of those whose turn has come, nothing has been staged so far */
 	do
 		more = z_erofs_dio_unstage(w);
 	while (more && z_erofs_dio_stage(w));
@@ -1737,7 +1749,7 @@ static void z_erofs_dio_queue_async(struct z_erofs_dio_window *w)
 			list_add_tail(&w->link, &rq->windows);
 		spin_unlock(&rq->lock);
 	}
-	/* others wait for those whose turn it is: a submitter may reclaim memory */
+	/* a worker stages if others wait for it: a submitter may be in reclaim */
 	if (stage && (w->keep || z_erofs_dio_stage(w)))
 		z_erofs_dio_queue_work(w);
 }
@@ -1853,29 +1865,28 @@ static const struct iomap_dio_ops z_erofs_dio_ops = {
 	.bio_set = &z_erofs_dio_bioset,
 };
 
-/**
- * z_erofs_dio_init_super - set up direct reads of a superblock
- * @sb: the superblock, which is being mounted
- *
+/*
  * Workers wait for data of images and devices below, which can be compressed
  * files of other superblocks.  With one workqueue for all of them, workers could
- * take the places of those they wait for.
- *
- * Context: Process context.
- * Return: 0, or -ENOMEM.
+ * take the places of those they wait for.  Few superblocks ever need one.
  */
-int z_erofs_dio_init_super(struct super_block *sb)
+static bool z_erofs_dio_has_workers(struct super_block *sb)
 {
-	struct erofs_sb_info *sbi = EROFS_SB(sb);
+	struct workqueue_struct **p = &EROFS_SB(sb)->dio_workqueue, *wq;
 
-	sbi->dio_workqueue = alloc_workqueue("erofs_dio/%s",
-					     WQ_UNBOUND | WQ_HIGHPRI, 0,
-					     sb->s_id);
-	return sbi->dio_workqueue ? 0 : -ENOMEM;
+	if (READ_ONCE(*p))
+		return true;
+	wq = alloc_workqueue("erofs_dio/%s", WQ_UNBOUND | WQ_HIGHPRI, 0,
+			     sb->s_id);
+	if (!wq)
+		return false;
+	if (cmpxchg(p, NULL, wq))
+		destroy_workqueue(wq);
+	return true;
 }
 
 /**
- * z_erofs_dio_exit_super - undo z_erofs_dio_init_super(), if it has been called
+ * z_erofs_dio_exit_super - let go of the workers of a superblock, if it has any
  * @sbi: what is left of a superblock without any inode
  *
  * Context: Process context, waits for workers which return.
@@ -1988,14 +1999,14 @@ static enum z_erofs_dio_path z_erofs_dio_path(struct kiocb *iocb,
  * whose windows are going to wait for that.
  */
 static struct z_erofs_dio_keep *z_erofs_dio_get_keep(struct kiocb *iocb,
-						     size_t count)
+						     size_t count, bool async)
 {
 	struct file *file = iocb->ki_filp;
 	struct z_erofs_dio_keep *k, *old;
 	loff_t came;
 
 	if (erofs_cache_file(file) != file ||
-	    (!is_sync_kiocb(iocb) && count > Z_EROFS_DIO_TURN))
+	    (async && count > Z_EROFS_DIO_TURN))
 		return NULL;
 	k = READ_ONCE(file->private_data);
 	if (!k) {
@@ -2013,7 +2024,7 @@ static struct z_erofs_dio_keep *z_erofs_dio_get_keep(struct kiocb *iocb,
 			k = old;
 		}
 	}
-	if (is_sync_kiocb(iocb))
+	if (!async)
 		return test_and_set_bit_lock(0, &k->busy) ? NULL : k;
 	/* it is only a guess, as several CPUs may submit them */
 	came = READ_ONCE(k->came);
@@ -2038,7 +2049,7 @@ int z_erofs_dio_release(struct inode *inode, struct file *file)
 	spin_lock(&z_erofs_dio_kept_lock);
 	z_erofs_dio_account(k, 0);
 	spin_unlock(&z_erofs_dio_kept_lock);
-	vfree(z_erofs_dio_drop(k));
+	vfree(k->addr);
 	wait_for_completion_io(&k->ahead.done);
 	z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
 	kfree(k);
@@ -2057,23 +2068,20 @@ static ssize_t z_erofs_dio_read_kept(struct kiocb *iocb, struct iov_iter *to,
 
 	if (pos < k->pos || end > k->end)
 		return 0;
-	for (; pos < end; pos += n, ret += n) {
+	for (; pos < end; pos += n) {
 		len = min_t(loff_t, end - pos, PAGE_SIZE - offset_in_page(pos));
 		n = copy_page_to_iter(z_erofs_dio_kept_page(k, pos),
 				      offset_in_page(pos), len, to);
-		if (n < len) {
-			ret += n;
-			ret = ret ?: -EFAULT;
-			break;
-		}
+		iocb->ki_pos += n;
+		ret += n;
+		if (n < len)
+			return ret ?: -EFAULT;
 	}
-	if (ret > 0)
-		iocb->ki_pos += ret;
 	return ret;
 }
 
 static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
-				  struct z_erofs_dio_keep *k)
+				  bool async, struct z_erofs_dio_keep *k)
 {
 	struct inode *inode = file_inode(iocb->ki_filp);
 	size_t count = iov_iter_count(to);
@@ -2096,7 +2104,7 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 	end = min_t(loff_t, i_size_read(inode),
 		    iocb->ki_pos + iov_iter_count(to));
 	/* a reader who doesn't go on there isn't going to need any of it */
-	goes_on = k && (!is_sync_kiocb(iocb) || k->next == iocb->ki_pos);
+	goes_on = k && (async || k->next == iocb->ki_pos);
 	if (k && !goes_on)
 		vfree(z_erofs_dio_drop(k));
 	*rq = (struct z_erofs_dio_req) {
@@ -2106,8 +2114,7 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 		.sequential = goes_on &&
 			      (iocb->ki_pos || end >= Z_EROFS_DIO_DONTCACHE),
 		.end = end,
-		.async = !is_sync_kiocb(iocb) &&
-			 iov_iter_count(to) <= Z_EROFS_DIO_MAX_ASYNC,
+		.async = async,
 		.ref = REFCOUNT_INIT(1),
 		.windows = LIST_HEAD_INIT(rq->windows),
 	};
@@ -2137,9 +2144,9 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
  * trace_erofs_dio_read() tells about each of them.
  *
  * Asynchronous requests are completed by a worker; small ones which follow each
- * other take turns, or each would decode its extents anew.  Index blocks that aren't
- * cached are read before they are queued, what the page cache serves as well, and
- * images in files unless these are read directly.
+ * other take turns, or each would decode its extents anew.  Index blocks that
+ * aren't cached are read before the others are queued, what the page cache serves
+ * as well, and images in files unless these are read directly.
  *
  * Context: Process context, may sleep; no locks are held.
  * Return: Number of bytes read, 0 at EOF, or a negative error code: -EIOCBQUEUED
@@ -2155,8 +2162,8 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 	enum z_erofs_dio_path path;
 	struct z_erofs_dio_keep *k;
 	struct kiocb cached;
-	bool sync = is_sync_kiocb(iocb), kept;
 	ssize_t ret = 0;
+	bool async, kept;
 
 	if (iocb->ki_pos >= size)
 		return 0;
@@ -2164,13 +2171,17 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 	path = z_erofs_dio_path(iocb, to);
 	trace_erofs_dio_read(inode, iocb->ki_pos, iov_iter_count(to), path);
 	if (path == Z_EROFS_DIO_DIRECT) {
-		k = z_erofs_dio_get_keep(iocb, iov_iter_count(to));
-		if (k && sync)
+		async = !is_sync_kiocb(iocb) &&
+			min_t(loff_t, iov_iter_count(to), size - iocb->ki_pos) <=
+			Z_EROFS_DIO_MAX_ASYNC &&
+			z_erofs_dio_has_workers(inode->i_sb);
+		k = z_erofs_dio_get_keep(iocb, iov_iter_count(to), async);
+		if (k && !async)
 			ret = z_erofs_dio_read_kept(iocb, to, k);
 		kept = ret;
 		if (!kept)
-			ret = z_erofs_dio_direct(iocb, to, k);
-		if (k && sync) {
+			ret = z_erofs_dio_direct(iocb, to, async, k);
+		if (k && !async) {
 			z_erofs_dio_used_keep(k, inode, iocb->ki_pos);
 			clear_bit_unlock(0, &k->busy);
 		}

@@ -400,6 +400,7 @@ std::vector<Image> images()
 			   {"deflate", full, times(2, {deflate(300000).torn(), deflate(70000)})},
 			   {"lzma", full, times(2, {lzma(300000).torn(), lzma(70000)})},
 			   {"records", ext16, times(2, {lz4(300000).torn(), zstd(500000).torn()})},
+			   {"lost", ext16, times(9, {lz4(100000), lz4(100000).lost()})},
 			   {"early", full,
 			    times(5, {deflate(300000).early(), lzma(70000).early()})},
 			   {"early-compact", compact,

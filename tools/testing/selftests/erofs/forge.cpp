@@ -28,6 +28,9 @@ using View = std::span<const std::byte>;
 using Kind = Extent::Kind;
 using Damage = Extent::Damage;
 
+// Also a multiple of 2^32 pages of up to 64 KiB.
+constexpr uint64_t kLost = uint64_t{1} << 48;
+
 constexpr size_t kSuper = 1024;
 constexpr size_t kDeviceSlot = 128, kDeviceTable = 10 * kDeviceSlot;
 constexpr size_t kDataStart = 4096; // behind superblock, configurations and device table
@@ -826,8 +829,10 @@ private:
 			if (size == 4 && cluster.has_place() && cluster.pa != next)
 				node.fail(i, "pclusters in one piece", "a gap");
 			next += cluster.plen;
-			const auto pa =
+			auto pa =
 				cluster.is(Kind::fragment) ? cluster.extent.from >> 32 : cluster.pa;
+			if (cluster.extent.damage == Damage::lost)
+				pa += kLost;
 			put<uint32_t>(out, plen_field(cluster));
 			if (size >= 8)
 				put<uint32_t>(out, pa);

@@ -31,7 +31,7 @@ enum class Layout : uint8_t { flat, full, compact, compact_2b, ext4, ext8, ext16
 
 struct Extent {
 	enum class Kind : uint8_t { compressed, smaller, plain, hole, shared, fragment };
-	enum class Damage : uint8_t { none, unknown, torn, early, bloated };
+	enum class Damage : uint8_t { none, unknown, torn, early, bloated, lost };
 
 	Kind kind;
 	size_t length; // decoded
@@ -55,6 +55,8 @@ struct Extent {
 	Extent early() && { return damage = Damage::early, std::move(*this); }
 	// Longer than what it decodes to: who looks up where it ends finds that out (indexes only).
 	Extent bloated() && { return damage = Damage::bloated, std::move(*this); }
+	// Said to be behind the end of any device, by a multiple of 2^32 blocks (records only).
+	Extent lost() && { return damage = Damage::lost, std::move(*this); }
 	// Kept behind the indexes of the inode.
 	Extent inlined() && { return tail = true, std::move(*this); }
 	Extent on(unsigned number) && { return device = number, std::move(*this); }
