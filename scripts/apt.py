@@ -4,6 +4,7 @@
 import functools
 import os
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -34,16 +35,14 @@ def ensure(*packages: str) -> None:
     missing = [package for package in wanted if package not in there]
     if not missing:
         return
-    if os.geteuid():
-        raise Failure(f"packages are missing: run as root: apt-get install {' '.join(missing)}")
-    env = {"DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "-y", "--no-install-recommends", "install", *missing]
+    install = f"apt-get -y --no-install-recommends install {' '.join(missing)}"
+    script = f"export DEBIAN_FRONTEND=noninteractive; {install} || (apt-get update && {install})"
     with step(f"installing {' '.join(missing)}"):
-        try:
-            run(install, what="apt-get install", env=env)
-        except Failure:
-            run(["apt-get", "update"], what="apt-get update", env=env)
-            run(install, what="apt-get install", env=env)
+        if not os.geteuid():
+            run(["sh", "-c", script], what="apt-get install")
+        # may ask for a password; all but this is done, and owned, by the user
+        elif not shutil.which("sudo") or subprocess.call(["sudo", "sh", "-c", script]):
+            raise Failure(f"packages are missing: run as root: {install}")
 
 
 @functools.cache
