@@ -847,6 +847,37 @@ public:
 		return {};
 	}
 
+	// All open files share a limit, and nothing is left for one that has been read to its end.
+	Result kept_is_bounded()
+	{
+		if (!kept_pages())
+			return "the kernel does not tell what its shrinkers count";
+		constexpr size_t kStep = 32 * kPage, kFiles = 64, kRequest = 4 * kMiB / kPage;
+		const auto limit = static_cast<size_t>(::sysconf(_SC_PHYS_PAGES)) / 256 + kRequest;
+		Volume volume(device_.node(), options_);
+		const auto &big = volume.big;
+		std::vector<Fd> files;
+		size_t most = 0;
+		while (files.size() < kFiles) {
+			files.emplace_back(big.path, O_RDONLY | O_DIRECT);
+			read_in_order(big, files.back(), kStep, 2 * kStep);
+			most = std::max(most, kept_pages().value());
+		}
+		if (!most || most > limit)
+			throw Error("pages kept", 0, "1 to " + std::to_string(limit),
+				    std::to_string(most));
+		files.clear();
+		expect("pages kept for closed files", 0, "", 0,
+		       static_cast<ssize_t>(kept_pages().value()));
+		// what is still being read at the end of a file goes with the next end
+		const Fd fd(big.path, O_RDONLY | O_DIRECT);
+		eventually("pages kept for a file that has been read", [&] {
+			read_in_order(big, fd, kStep, big.size());
+			return !kept_pages().value();
+		});
+		return {};
+	}
+
 	// Extents that several small requests need are decoded for the first of them.
 	Result small_requests_take_turns(Way way)
 	{
@@ -1238,6 +1269,35 @@ private:
 		return tried ? Result() : reason;
 	}
 
+	// Of all open files.
+	static std::optional<size_t> kept_pages()
+	{
+		const fs::path all = "/sys/kernel/debug/shrinker";
+		if (!fs::exists(all))
+			return {};
+		for (const auto &entry : fs::directory_iterator(all)) {
+			if (!entry.path().filename().string().starts_with("erofs-dio-"))
+				continue;
+			std::ifstream in(entry.path() / "count");
+			// a line of the root cgroup, or none if there is nothing
+			size_t group, pages = 0;
+			in >> group >> pages;
+			return pages;
+		}
+		throw Error(all.string(), 0, "a shrinker of direct reads", "none");
+	}
+
+	static void read_in_order(const Target &target, int fd, size_t step, size_t end)
+	{
+		const Mapping memory(step);
+		for (size_t at = 0; at < end; at += step) {
+			const auto want = target.expect(at, step);
+			expect(target.path, at, "bytes", static_cast<ssize_t>(want.size()),
+			       ::pread(fd, memory.bytes().data(), step, static_cast<off_t>(at)));
+			expect_bytes(target.path, at, want, memory.bytes());
+		}
+	}
+
 	static void check_buffered(const Target &target, const Piece &piece)
 	{
 		std::vector<std::byte> bytes(piece.length);
@@ -1551,16 +1611,9 @@ private:
 	// In order, with no more to be read than there is.
 	static void read_once(const Target &target, size_t step)
 	{
-		const Mapping memory(step);
 		const DeviceReads device(target);
 		const Trace trace;
-		for (size_t at = 0; at < target.size(); at += step) {
-			const auto want = target.expect(at, step);
-			expect(target.path, at, "bytes", static_cast<ssize_t>(want.size()),
-			       ::pread(target.fd, memory.bytes().data(), step,
-				       static_cast<off_t>(at)));
-			expect_bytes(target.path, at, want, memory.bytes());
-		}
+		read_in_order(target, target.fd, step, target.size());
 		trace.expect_only({"direct"}, "reads in order by " + std::to_string(step));
 		device.expect_quarters(5);
 	}
@@ -1639,6 +1692,7 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"huge_destinations_hugetlb", [&] { return tester.huge_destinations("hugetlb"); }},
 		{"huge_destinations_memfd", [&] { return tester.huge_destinations("memfd-huge"); }},
 		{"sequential_reads_once", [&] { return tester.sequential_reads_once(); }},
+		{"kept_is_bounded", [&] { return tester.kept_is_bounded(); }},
 		{"small_requests_take_turns",
 		 [&] { return tester.small_requests_take_turns(Way::aio); }},
 		{"small_requests_of_workers",
