@@ -414,15 +414,15 @@ def parts(rounds: int, full: bool) -> dict[str, Callable[[Rows], None]]:
     return some
 
 
-def all_parts(todo: dict[str, Callable[[Rows], None]]) -> None:
+def all_parts(wanted: dict[str, Callable[[Rows], None]]) -> None:
     """What has been measured is reported, whatever happens to the rest."""
     # what cannot be built fails once, and before anything else takes hours
-    for on in dict.fromkeys(name.partition(".")[0] for name in todo):
+    for on in dict.fromkeys(name.partition(".")[0] for name in wanted):
         kernel("arm64-bench" if on == "count" else f"{on}-bench")
     rows: Rows = []
-    missing = list(todo)
+    missing = list(wanted)
     try:
-        for name, part in todo.items():
+        for name, part in wanted.items():
             try:
                 part(rows)
                 missing.remove(name)

@@ -860,7 +860,7 @@ public:
 		size_t most = 0;
 		while (files.size() < kFiles) {
 			files.emplace_back(big.path, O_RDONLY | O_DIRECT);
-			read_in_order(big, files.back(), kStep, 2 * kStep);
+			read_singly(big, big.path, files.back(), kStep, 2 * kStep);
 			most = std::max(most, kept_pages().value());
 		}
 		if (!most || most > limit)
@@ -872,7 +872,7 @@ public:
 		// what is still being read at the end of a file goes with the next end
 		const Fd fd(big.path, O_RDONLY | O_DIRECT);
 		eventually("pages kept for a file that has been read", [&] {
-			read_in_order(big, fd, kStep, big.size());
+			read_singly(big, big.path, fd, kStep, big.size());
 			return !kept_pages().value();
 		});
 		return {};
@@ -1287,17 +1287,6 @@ private:
 		throw Error(all.string(), 0, "a shrinker of direct reads", "none");
 	}
 
-	static void read_in_order(const Target &target, int fd, size_t step, size_t end)
-	{
-		const Mapping memory(step);
-		for (size_t at = 0; at < end; at += step) {
-			const auto want = target.expect(at, step);
-			expect(target.path, at, "bytes", static_cast<ssize_t>(want.size()),
-			       ::pread(fd, memory.bytes().data(), step, static_cast<off_t>(at)));
-			expect_bytes(target.path, at, want, memory.bytes());
-		}
-	}
-
 	static void check_buffered(const Target &target, const Piece &piece)
 	{
 		std::vector<std::byte> bytes(piece.length);
@@ -1613,7 +1602,7 @@ private:
 	{
 		const DeviceReads device(target);
 		const Trace trace;
-		read_in_order(target, target.fd, step, target.size());
+		read_singly(target, target.path, target.fd, step, target.size());
 		trace.expect_only({"direct"}, "reads in order by " + std::to_string(step));
 		device.expect_quarters(5);
 	}

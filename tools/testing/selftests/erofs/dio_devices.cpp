@@ -140,15 +140,7 @@ public:
 		const auto number = device_number(device.st_rdev);
 		const auto stored = static_cast<size_t>(owner.st_blocks) * kSector;
 		const auto before = bytes_read(number);
-		const auto memory = arena_.bytes().first(kStep);
-		for (size_t at = 0; at < target.size(); at += kStep) {
-			const auto want = target.expect(at, kStep);
-			const auto got =
-				::pread(target.fd, memory.data(), kStep, static_cast<off_t>(at));
-			expect(target.path, at, "bytes", static_cast<ssize_t>(want.size()), got);
-			expect_bytes(target.path, at, want, memory);
-		}
-		judge_.refill(arena_.bytes());
+		read_singly(target, target.path, target.fd, kStep, target.size());
 		const auto bytes = bytes_read(number) - before;
 		if (bytes > stored + stored / 4 + kGuesses * kGuess)
 			throw Error(target.path.string(), 0,

@@ -68,19 +68,6 @@ std::string reader(const Target &target, std::string_view how, size_t step)
 	       std::to_string(step);
 }
 
-// In order, one request at a time.
-void read_singly(const Target &target, int fd, size_t step, size_t end)
-{
-	const auto name = reader(target, "pread", step);
-	const Mapping memory(step);
-	for (size_t at = 0; at < end; at += step) {
-		const auto want = target.expect(at, step);
-		expect(name, at, "bytes", static_cast<ssize_t>(want.size()),
-		       ::pread(fd, memory.bytes().data(), step, static_cast<off_t>(at)));
-		expect_bytes(name, at, want, memory.bytes());
-	}
-}
-
 // In order, several requests at a time.
 template <typename Ring>
 void read_queued(const Target &target, std::string_view how, int fd, size_t step, size_t end)
@@ -251,7 +238,10 @@ public:
 					std::ofstream("/proc/sys/vm/drop_caches") << 2;
 			});
 			for (size_t i = 0; i < 4; ++i)
-				readers.start([&] { read_singly(target, fd, step, end); });
+				readers.start([&] {
+					read_singly(target, reader(target, "pread", step), fd, step,
+						    end);
+				});
 			if (step < kMiB && Aio::available())
 				readers.start(
 					[&] { read_queued<Aio>(target, "AIO", fd, step, end); });

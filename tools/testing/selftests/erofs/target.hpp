@@ -67,6 +67,19 @@ inline void expect_bytes(const std::filesystem::path &file, size_t offset,
 			    std::to_string(std::to_integer<int>(*wrong)));
 }
 
+// In order, one request at a time; errors are those of `name`.
+inline void read_singly(const Target &target, const std::filesystem::path &name, int fd,
+			size_t step, size_t end)
+{
+	const Mapping memory(step);
+	for (size_t at = 0; at < end; at += step) {
+		const auto want = target.expect(at, step);
+		expect(name, at, "bytes", static_cast<ssize_t>(want.size()),
+		       ::pread(fd, memory.bytes().data(), step, static_cast<off_t>(at)));
+		expect_bytes(name, at, want, memory.bytes());
+	}
+}
+
 inline std::vector<std::byte> slurp(const std::filesystem::path &path)
 {
 	const Fd fd(path, O_RDONLY);
