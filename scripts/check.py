@@ -306,12 +306,20 @@ def device_job() -> Job:
                       *fine.devices), since=(6, 15))
 
 
+def console_job(settings: Settings) -> Job:
+    """Of this program rather than of the kernel: a result in which a message comes is one."""
+    return Job("console", "printf 'KTAP ver'\necho something else > /dev/kmsg\n"
+               "printf 'sion 1\\n1..1\\nok 1 - cut'\necho and more > /dev/kmsg\n"
+               "echo _in_two\n", vehicles=settings.vehicles)
+
+
 def all_jobs(settings: Settings) -> list[Job]:
     """What make check does: add to this list."""
     jobs = [job for name in settings.vehicles for job in image_jobs(settings, name)]
     if not settings.replay:
         jobs.append(caller_job())
         jobs.append(device_job())
+        jobs.append(console_job(settings))
         jobs.append(Job("kunit", vehicles=settings.vehicles,
                         args=("kunit.enable=1", "kunit.filter_glob=erofs*")))
     return jobs
@@ -411,10 +419,10 @@ def check() -> None:
         {**counts(tests), "seed": settings.seed,
          "vehicles": {name: counts(some) for name, some in vehicles.items()}, "tests": rows},
         indent=1) + "\n")
-    for test in tests:
+    print("".join(f"{line}\n" for line in skips(tests)), end="")
+    for test in tests:  # behind the skips: the end is what is read, and all that some logs keep
         if test.result == "failed":
             print(f"failed: {test.name}: {test.reason}")
-    print("".join(f"{line}\n" for line in skips(tests)), end="")
     for name, some in vehicles.items():
         print(f"{name}: {summary(some)}")
     print(summary(tests), flush=True)

@@ -29,6 +29,8 @@ BAD = re.compile(r"\[ *\d+\.\d{6}\].*(Kernel panic|BUG:|WARNING:|Oops|KASAN|UBSA
                  r"|suspicious RCU usage|sleeping function called|trying to register non-static"
                  r"|self-detected stall|detected stalls on"
                  r"|general protection fault|pagealloc: |kmemleak: \d+ new)")
+# a message of the kernel may come in the middle of a line of the job, which goes on behind it
+MESSAGE = re.compile(r"(.*?)(\[ *\d+\.\d{6}\] .*)")
 BUSYBOX = Path("/bin/busybox")
 CPUS = sorted(os.sched_getaffinity(0))
 
@@ -92,7 +94,7 @@ class Guest:
     def follow(self, timeout: float, on_line: "OnLine") -> str:
         """Follow the console to its end; the reason to stop earlier, if there is one."""
         assert self.process.stdin and self.process.stdout
-        end, rest = time.monotonic() + timeout, b""
+        end, rest, cut = time.monotonic() + timeout, b"", ""
         with selectors.DefaultSelector() as ready:
             ready.register(self.process.stdout, selectors.EVENT_READ)
             while True:
@@ -102,6 +104,10 @@ class Guest:
                 *whole, rest = (rest + data).split(b"\n")
                 for raw in whole if data else [rest]:
                     line = raw.decode(errors="replace").rstrip("\r")
+                    if message := MESSAGE.fullmatch(line):
+                        cut, line = cut + message[1], message[2]
+                    else:
+                        cut, line = "", cut + line
                     self.lines.append(line)
                     if answer := on_line(line, self):
                         with contextlib.suppress(BrokenPipeError):  # the status tells why it ended
