@@ -203,13 +203,17 @@ def check_data(share: int) -> Data:
                     lambda: big.read(length), lambda: big.read(length),
                     lambda: noise.randbytes(length // 4), lambda: bytes(length)])
                 mixed.write(part())
+            # in front of what compresses blocks are where they are in the file, and come in runs
+            big.seek(0)
+            (root / "noise-first").write_bytes(noise.randbytes(MIB // share)
+                                               + big.read(MIB // share // 4))
         small = sorted((source.truth / "small").iterdir())
         for path in small[::share * (len(small) // 40 + 1)]:
             shutil.copy(path, root / "small")
         shutil.copytree(source.truth / "sizes", root / "sizes")
         describe(root, work / "list.json", "/usr")
 
-    made = entry("data", digest("check", str(share), source.listing), make)
+    made = entry("data", digest("check, noise first", str(share), source.listing), make)
     return Data(made / "files", made / "list.json")
 
 
