@@ -673,6 +673,21 @@ z_erofs_dio_plain_dev(struct z_erofs_dio_window *w,
 	return NULL;
 }
 
+/* Plain blocks in front of @from need not be read, and there may be many */
+static void z_erofs_dio_trim(struct erofs_map_blocks *map, loff_t from,
+			     unsigned int bs)
+{
+	u64 skip = round_down(from - map->m_la, bs);
+
+	if (map->m_algorithmformat != Z_EROFS_COMPRESSION_SHIFTED ||
+	    !(map->m_flags & EROFS_MAP_MAPPED) || map->m_llen > map->m_plen)
+		return;
+	map->m_la += skip;
+	map->m_pa += skip;
+	map->m_llen -= skip;
+	map->m_plen -= skip;
+}
+
 /* Decode more of the last extent of a request, which ends at @lend */
 static void z_erofs_dio_extend(struct z_erofs_dio_window *w,
 			       struct z_erofs_dio_extent *e, loff_t lend)
@@ -728,6 +743,7 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 			last = NULL;
 			continue;
 		}
+		z_erofs_dio_trim(&map, from, bs);
 		dif = z_erofs_dio_plain_dev(w, &map, from);
 		if (dif && dif == last &&
 		    map.m_pa + (w->rest - map.m_la) == e->pa) {
