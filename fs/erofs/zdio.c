@@ -182,7 +182,6 @@ struct z_erofs_dio_window {
 	struct page **in;		/* compressed pages */
 	struct page *pagepool;
 	unsigned int nr_in, max_in;
-	unsigned int nr_plain;		/* destination pages to be read */
 
 	struct bio *bio;		/* to be filled with more of them */
 	struct erofs_device_info *dif;	/* .. from this device */
@@ -714,7 +713,6 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 
 	w->nr_ext = 0;
 	w->nr_in = 0;
-	w->nr_plain = 0;
 	while (w->rest > w->start && w->nr_ext < w->max_ext &&
 	       w->nr_in < Z_EROFS_DIO_MAX_INPAGES) {
 		/* the next request is going to need the rest of the last one */
@@ -751,7 +749,6 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 			e->len += w->rest - from;
 			e->la = from;
 			e->pa = map.m_pa + (from - map.m_la);
-			w->nr_plain += (w->rest - from) / PAGE_SIZE;
 			w->rest = from;
 			continue;
 		}
@@ -772,7 +769,6 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 			/* nothing is decoded, so there is no need to start there */
 			e->la = from;
 			e->pa += from - map.m_la;
-			w->nr_plain += dif ? (w->rest - from) / PAGE_SIZE + 2 : 0;
 		} else {
 			e->inpages = PAGE_ALIGN((e->pa & (bs - 1)) + e->plen) >>
 					PAGE_SHIFT;
@@ -848,7 +844,7 @@ static void z_erofs_dio_read_bvec(struct z_erofs_dio_window *w,
 		w->bio = erofs_fileio_bio_alloc(mdev);
 	else
 		w->bio = bio_alloc(mdev->m_bdev,
-				   bio_max_segs(w->nr_in + w->nr_plain),
+				   bio_max_segs(w->nr_in),
 				   REQ_OP_READ | REQ_SYNC, GFP_KERNEL);
 	w->dif = mdev->m_dif;
 	w->bio->bi_iter.bi_sector = cur >> SECTOR_SHIFT;
@@ -872,13 +868,12 @@ static struct bio_vec z_erofs_dio_in_bvec(struct page *page, unsigned int len)
 	return bv;
 }
 
-/* Read the blocks of a pcluster, or plain data to where it is wanted */
+/* Read the blocks of a pcluster */
 static void z_erofs_dio_read(struct z_erofs_dio_window *w,
 			     struct z_erofs_dio_extent *e)
 {
-	unsigned int ofs = e->plain ? 0 : erofs_blkoff(w->inode->i_sb, e->pa);
-	unsigned int len = e->plain ? e->len :
-				round_up(ofs + e->plen, i_blocksize(w->inode));
+	unsigned int ofs = erofs_blkoff(w->inode->i_sb, e->pa);
+	unsigned int len = round_up(ofs + e->plen, i_blocksize(w->inode));
 	struct erofs_map_dev mdev = { .m_pa = e->pa - ofs };
 	struct page **in = w->in + e->in;
 	struct bio_vec bv;
@@ -888,12 +883,40 @@ static void z_erofs_dio_read(struct z_erofs_dio_window *w,
 	(void)erofs_map_dev(w->inode->i_sb, &mdev);
 	mdev.m_pa += mdev.m_dif->fsoff;
 	for (cur = 0; cur < len; cur += bv.bv_len) {
-		if (e->plain)
-			bv = z_erofs_dio_bvec(&w->dest, e->la + cur, len - cur);
-		else
-			bv = z_erofs_dio_in_bvec(in[cur >> PAGE_SHIFT],
-						 len - cur);
+		bv = z_erofs_dio_in_bvec(in[cur >> PAGE_SHIFT], len - cur);
 		z_erofs_dio_read_bvec(w, &mdev, mdev.m_pa + cur, &bv);
+	}
+}
+
+/* Read plain data to where it is wanted: the bios of the destination know that */
+static void z_erofs_dio_read_plain(struct z_erofs_dio_window *w,
+				   struct z_erofs_dio_extent *e)
+{
+	struct erofs_map_dev mdev = { .m_pa = e->pa };
+	loff_t pos = w->pos, from, end;
+	struct bio *dest, *bio;
+
+	(void)erofs_map_dev(w->inode->i_sb, &mdev);
+	mdev.m_pa += mdev.m_dif->fsoff;
+	z_erofs_dio_submit(w);
+	bio_list_for_each(dest, &w->bios) {
+		from = max_t(loff_t, e->la, pos);
+		end = min_t(loff_t, e->la + e->len, pos + dest->bi_iter.bi_size);
+		if (from < end) {
+			bio = bio_alloc_clone(mdev.m_bdev, dest, GFP_KERNEL,
+					      &fs_bio_set);
+			bio_trim(bio, (from - pos) >> SECTOR_SHIFT,
+				 (end - from) >> SECTOR_SHIFT);
+			bio->bi_iter.bi_sector =
+				(mdev.m_pa + (from - e->la)) >> SECTOR_SHIFT;
+			/* nobody polls for it, even if somebody does for @dest */
+			bio->bi_opf = REQ_OP_READ | REQ_SYNC;
+			bio->bi_private = w;
+			bio->bi_end_io = z_erofs_dio_endio;
+			atomic_inc(&w->pending);
+			submit_bio(bio);
+		}
+		pos += dest->bi_iter.bi_size;
 	}
 }
 
@@ -1127,10 +1150,13 @@ static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 			return err;
 	}
 
-	for (i = w->nr_ext; i--;)
-		if ((w->ext[i].flags & (EROFS_MAP_MAPPED | EROFS_MAP_META)) ==
-		    EROFS_MAP_MAPPED && !w->ext[i].ahead)
+	for (i = w->nr_ext; i--;) {
+		if (w->ext[i].plain)
+			z_erofs_dio_read_plain(w, &w->ext[i]);
+		else if ((w->ext[i].flags & (EROFS_MAP_MAPPED | EROFS_MAP_META)) ==
+			 EROFS_MAP_MAPPED && !w->ext[i].ahead)
 			z_erofs_dio_read(w, &w->ext[i]);
+	}
 	z_erofs_dio_submit(w);
 	if (w->keep && w->req->ahead && w->nr_ext && w->ext->inpages &&
 	    !(w->ext->flags & EROFS_MAP_META) &&
@@ -1581,34 +1607,17 @@ static int z_erofs_dio_fill_cached(struct z_erofs_dio_window *w)
 			IOCB_DONTCACHE : 0;
 	iocb.ki_pos = w->pos;
 	bio_list_for_each(bio, &w->bios) {
-		bio_for_each_bvec(bv, bio, bi) {
+		bio_for_each_segment(bv, bio, bi) {
 			iov_iter_bvec(&to, ITER_DEST, &bv, 1, bv.bv_len);
 			while (iov_iter_count(&to) && iocb.ki_pos < w->end) {
 				ret = filemap_read(&iocb, &to, 0);
 				if (ret <= 0)
 					return ret ?: -EIO;
 			}
+			flush_dcache_page(bv.bv_page);
 		}
 	}
 	return 0;
-}
-
-static void z_erofs_dio_flush_dcache(struct z_erofs_dio_window *w)
-{
-	struct bvec_iter iter;
-	struct bio_vec bv;
-	struct bio *bio;
-	unsigned int i;
-
-	if (!ARCH_IMPLEMENTS_FLUSH_DCACHE_PAGE)
-		return;
-	bio_list_for_each(bio, &w->bios) {
-		bio_for_each_bvec(bv, bio, iter) {
-			for (i = bv.bv_offset / PAGE_SIZE;
-			     i * PAGE_SIZE < bv.bv_offset + bv.bv_len; ++i)
-				flush_dcache_page(bv.bv_page + i);
-		}
-	}
 }
 
 /* Fill what has been staged; true if there is more to come */
@@ -1665,6 +1674,7 @@ static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 	struct bio_list bios = w->bios;
 	blk_status_t status = BLK_STS_OK;
 	struct bio *bio;
+	unsigned int i;
 	int err = w->err;
 
 	if (err == -ENOMEM || err == -ENOTBLK) {
@@ -1676,7 +1686,8 @@ static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 	/* as if it were buffered: no other error is expected by callers */
 	if (err)
 		status = err == -ENOMEM ? BLK_STS_RESOURCE : BLK_STS_IOERR;
-	z_erofs_dio_flush_dcache(w);
+	for (i = 0; i < w->dest.nr_pages; ++i)
+		flush_dcache_page(w->dest.pages[i]);
 	if (rq->async && w->keep)
 		z_erofs_dio_end_turn(w);
 	else if (rq->async && !rq->keep)
