@@ -176,7 +176,7 @@ def guest_rows(built: Kernel, rows: Rows, disks: list[Path], plan: Path, rounds:
                 row["kernel"] += f", BASE={built.base}"
             rows.append(row)
 
-    # messages take time of what is measured; errors still show, and panics, as a warning is one
+    # printing messages would be measured, too; errors and panics (a warning is one) still show
     script = ("dmesg -n 4\n"
               "thp=/sys/kernel/mm/transparent_hugepage/enabled\n"
               "[ ! -e $thp ] || echo madvise > $thp\n"

@@ -309,8 +309,8 @@ def device_job() -> Job:
 def console_job(settings: Settings) -> Job:
     """Of this program rather than of the kernel: a result in which a message comes is one."""
     return Job("console", "printf 'KTAP ver'\necho something else > /dev/kmsg\n"
-               "printf 'sion 1\\n1..1\\nok 1 - cut'\necho and more > /dev/kmsg\n"
-               "echo _in_two\n", vehicles=settings.vehicles)
+               "printf 'sion 1\\n1..1\\no'\necho and more > /dev/kmsg\n"
+               "echo 'k 1 - cut_in_two'\n", vehicles=settings.vehicles)
 
 
 def all_jobs(settings: Settings) -> list[Job]:

@@ -29,7 +29,8 @@ BAD = re.compile(r"\[ *\d+\.\d{6}\].*(Kernel panic|BUG:|WARNING:|Oops|KASAN|UBSA
                  r"|suspicious RCU usage|sleeping function called|trying to register non-static"
                  r"|self-detected stall|detected stalls on"
                  r"|general protection fault|pagealloc: |kmemleak: \d+ new)")
-# a message of the kernel may come in the middle of a line of the job, which goes on behind it
+# a message of the kernel may come in the middle of a line of the job, which goes on behind it; no
+# job prints anything like the start of one
 MESSAGE = re.compile(r"(.*?)(\[ *\d+\.\d{6}\] .*)")
 BUSYBOX = Path("/bin/busybox")
 CPUS = sorted(os.sched_getaffinity(0))

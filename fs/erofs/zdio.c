@@ -185,7 +185,7 @@ struct z_erofs_dio_window {
 
 	struct bio *bio;		/* to be filled with more of them */
 	struct erofs_device_info *dif;	/* .. from this device */
-	atomic_t pending;		/* compressed bios in flight + 1 */
+	atomic_t pending;		/* bios in flight + 1 */
 	blk_status_t status;		/* of one that failed */
 	union {
 		struct completion done;		/* synchronous */
@@ -636,7 +636,8 @@ static bool z_erofs_dio_copy_cached(struct z_erofs_dio_window *w, loff_t pos,
 
 /*
  * Which device can read plain blocks straight into the destination: they have
- * to be at the same place in both, in memory that suits it block by block.
+ * to be at the same place in both, and iomap has made the bios for the first
+ * device, which may have demanded less.
  */
 static struct erofs_device_info *
 z_erofs_dio_plain_dev(struct z_erofs_dio_window *w,
@@ -644,7 +645,6 @@ z_erofs_dio_plain_dev(struct z_erofs_dio_window *w,
 {
 	struct super_block *sb = w->inode->i_sb;
 	struct erofs_map_dev mdev = { .m_pa = map->m_pa };
-	const struct z_erofs_dio_seg *seg;
 	unsigned int mask;
 
 	if (map->m_algorithmformat < Z_EROFS_COMPRESSION_MAX ||
@@ -663,28 +663,12 @@ z_erofs_dio_plain_dev(struct z_erofs_dio_window *w,
 	mask = (bdev_logical_block_size(mdev.m_bdev) - 1) |
 		bdev_dma_alignment(mdev.m_bdev);
 	mdev.m_pa += mdev.m_dif->fsoff + (from - map->m_la);
-	if ((from | w->rest | mdev.m_pa) & mask)
+	if ((from | w->rest | w->pos | mdev.m_pa) & mask ||
+	    bdev_logical_block_size(mdev.m_bdev) >
+	    bdev_logical_block_size(sb->s_bdev) ||
+	    bdev_dma_alignment(mdev.m_bdev) > bdev_dma_alignment(sb->s_bdev))
 		return NULL;
-	for (seg = z_erofs_dio_seg(&w->dest, from);
-	     !((seg->pos | seg->len | seg->base) & mask); ++seg)
-		if (seg->pos + seg->len >= w->rest)
-			return mdev.m_dif;
-	return NULL;
-}
-
-/* Plain blocks in front of @from need not be read, and there may be many */
-static void z_erofs_dio_trim(struct erofs_map_blocks *map, loff_t from,
-			     unsigned int bs)
-{
-	u64 skip = round_down(from - map->m_la, bs);
-
-	if (map->m_algorithmformat != Z_EROFS_COMPRESSION_SHIFTED ||
-	    !(map->m_flags & EROFS_MAP_MAPPED) || map->m_llen > map->m_plen)
-		return;
-	map->m_la += skip;
-	map->m_pa += skip;
-	map->m_llen -= skip;
-	map->m_plen -= skip;
+	return mdev.m_dif;
 }
 
 /* Decode more of the last extent of a request, which ends at @lend */
@@ -721,7 +705,7 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 		if (w->rest == map.m_la)
 			flags |= EROFS_GET_BLOCKS_PREVIOUS;
 		map.m_la = w->rest - 1;
-		map.m_llen = 0;
+		map.m_llen = map.m_la - w->start;
 		err = z_erofs_map_blocks_iter(w->inode, &map, flags);
 		if (err && keep) {
 			/* something may be wrong that nobody has asked for */
@@ -741,7 +725,6 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 			last = NULL;
 			continue;
 		}
-		z_erofs_dio_trim(&map, from, bs);
 		dif = z_erofs_dio_plain_dev(w, &map, from);
 		if (dif && dif == last &&
 		    map.m_pa + (w->rest - map.m_la) == e->pa) {
@@ -909,8 +892,8 @@ static void z_erofs_dio_read_plain(struct z_erofs_dio_window *w,
 				 (end - from) >> SECTOR_SHIFT);
 			bio->bi_iter.bi_sector =
 				(mdev.m_pa + (from - e->la)) >> SECTOR_SHIFT;
-			/* nobody polls for it, even if somebody does for @dest */
-			bio->bi_opf = REQ_OP_READ | REQ_SYNC;
+			/* even if somebody polls for @dest */
+			bio->bi_opf &= ~REQ_POLLED;
 			bio->bi_private = w;
 			bio->bi_end_io = z_erofs_dio_endio;
 			atomic_inc(&w->pending);

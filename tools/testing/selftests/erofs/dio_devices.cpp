@@ -221,6 +221,17 @@ private:
 		return all;
 	}
 
+	// A bio has room for 256 pieces and so ends inside the last page.
+	static std::vector<Segment> torn_page()
+	{
+		std::vector<Segment> all;
+		for (size_t i = 0; i < 255; ++i)
+			all.push_back({2 * i * kPage, kPage});
+		all.push_back({510 * kPage, kSector});
+		all.push_back({510 * kPage + kSector, kPage - kSector});
+		return all;
+	}
+
 	// Each read is direct.
 	void read_all(const Volume &volume, size_t unit)
 	{
@@ -228,6 +239,8 @@ private:
 		PathTrace::forget();
 		for (const auto &target : volume.files()) {
 			check(target, {target.name, 0, scattered()});
+			if (unit == kSector)
+				check(target, {target.name, 0, torn_page()});
 			for (const auto offset :
 			     {size_t{0}, unit, 3 * unit, 7 * unit, target.size() / 2}) {
 				const auto start = offset / unit * unit;

@@ -328,7 +328,7 @@ std::vector<Image> images()
 				 {"ext16", ext16,
 				  times(20, {plain(1), plain(5 * kBlock).on(1), lz4(12345),
 					     plain(3 * kBlock).on(1)})},
-				 {"straight", full, times(50, {plain(kBlock).on(1)})},
+				 {"straight", full, times(300, {plain(kBlock).on(1)})},
 				 {"data", full,
 				  times(3, {lz4(kMiB).filling(64 * kKiB).on(1), plain(512)})}},
 		       .block_bits = 9,
@@ -571,6 +571,9 @@ std::vector<Image> images()
 			 {"compact-8k", compact, times(30, {zstd(50000), lz4(20001)}), false, 1},
 			 {"compact-16k", compact, times(30, {lz4(70000), lz4(50001)}), false, 2}}});
 
+	const std::vector both_ends{shared("end", 0, kBlock),	shared("end", 1, kBlock),
+				    shared("end", 2, kBlock),	shared("begin", 0, kBlock),
+				    shared("begin", 1, kBlock), shared("begin", 2, kBlock)};
 	all.push_back(
 		{.name = "devices",
 		 .since = {5, 16},
@@ -587,11 +590,9 @@ std::vector<Image> images()
 				 times(50, join(blocks_on(1, 1), blocks_on(2, 1))))},
 			   {"end", full, blocks_on(1, 3)},
 			   {"backwards", full, backwards("one", 40, 99999)},
-			   {"across",
-			    full,
-			    {shared("end", 0, kBlock), shared("end", 1, kBlock),
-			     shared("end", 2, kBlock), shared("begin", 0, kBlock),
-			     shared("begin", 1, kBlock), shared("begin", 2, kBlock)}}},
+			   {"across", full, both_ends},
+			   // .. and both have their indexes in one pack
+			   {"across-compact", compact, both_ends}},
 		 .devices = {1 << 20, 0},
 		 .unknown_to_fsck = kDevicesUnknown});
 
