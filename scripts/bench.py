@@ -171,7 +171,10 @@ def guest_rows(built: Kernel, rows: Rows, disks: list[Path], plan: Path, rounds:
 
     def on_line(line: str, _: vehicle.Guest) -> None:
         if line.startswith("@json "):
-            row = json.loads(line.removeprefix("@json "))
+            try:
+                row = json.loads(line.removeprefix("@json "))
+            except json.JSONDecodeError:
+                raise Failure(f"the guest ended in the middle of a result: {line}") from None
             if "kernel" in row:
                 row["kernel"] += f", BASE={built.base}"
             rows.append(row)
