@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # Direct reads of compressed EROFS files. `make help` tells what can be made.
 
-export BASE KSRC IMAGE DATA CACHE JOBS SAN SOAK READS SEED ONLY REPLAY FULL PAGES
+export BASE KSRC IMAGE DATA CACHE JOBS SAN SOAK READS SEED ONLY REPLAY FULL PAGES ROUNDS
 
 # another python first in PATH would not see Debian's modules
 PYTHON := /usr/bin/python3 -B
@@ -26,6 +26,7 @@ help:
 	@echo 'SOAK=N        make check: N seconds of random reads of each image, instead of READS'
 	@echo 'READS=N       make check: random reads of each image, about (default: 5000)'
 	@echo 'FULL=1        make bench: all cells, which takes hours'
+	@echo 'ROUNDS=N      make bench: measure each cell N times (default: 3)'
 	@echo 'SEED=N        make check: seed of what is random (default: 1)'
 	@echo 'REPLAY=CALL   make check: only this call, as a failed test printed it'
 	@echo 'CACHE=DIR     where downloads and builds are kept (default: ~/.cache/erofs-dio)'

@@ -20,8 +20,8 @@ import programs
 import vehicle
 from images import MIB, Data, Image, describe, machine_data, make_image
 from kernel import ARCHES, Kernel, kernel
-from ui import (JOBS, REPO, Failure, cache_dir, digest, entry, main, number, output, run, say,
-                step, write)
+from ui import (JOBS, REPO, Failure, bar, cache_dir, digest, entry, main, number, output, run,
+                say, step, write)
 
 PACKAGES = ("gcc-aarch64-linux-gnu", "g++-aarch64-linux-gnu", "libc6-dev-arm64-cross",
             "qemu-system-arm", "squashfs-tools", "gnuplot-nox")
@@ -36,7 +36,9 @@ QUICK = ("lz4-4k", "lz4-16k", "lz4-64k")
 # each thread has a file of its own, which sequential passes read to its end: what is read ahead for
 # nobody is no part of any speed; with little memory it is the largest one, several times what the
 # guest has (8 threads need 100M)
-PART, FILE, THREADS, LARGE = 16 * MIB, 32 * MIB, 8, 320 * MIB
+PART, THREADS, LARGE = 16 * MIB, 8, 320 * MIB
+# .. and smaller where decoding takes several times as long
+FILE, SLOW_FILE = 32 * MIB, 8 * MIB
 # KiB that buffered reads are ahead: what Linux has for flash; the disks of the vehicles say that
 # they rotate, which get 8 MiB: that is a column of its own
 READ_AHEAD, FAR_AHEAD = 128, 8192
@@ -100,8 +102,12 @@ def counted_data() -> Data:
     return slices("counted", {"data": (0, PART)})
 
 
-def timed_data() -> Data:
-    parts = {f"data{i}": (i * 20 * MIB, FILE) for i in range(THREADS)}
+def file_size(algorithm: str) -> int:
+    return FILE if algorithm == "lz4" else SLOW_FILE
+
+
+def timed_data(size: int) -> Data:
+    parts = {f"data{i}": (i * 20 * MIB, size) for i in range(THREADS)}
     return slices("timed", {**parts, "large": (0, LARGE)}, PART)
 
 
@@ -169,6 +175,10 @@ def guest_rows(built: Kernel, rows: Rows, disks: list[Path], plan: Path, rounds:
     """Adds to the rows as they come: those of a guest that fails later tell something, too."""
     before = len(rows)
 
+    cells = json.loads((plan / "plan.json").read_text())
+    passes = sum(len(cell["columns"]) for cell in cells)
+    progress = bar(passes * rounds, "passes")
+
     def on_line(line: str, _: vehicle.Guest) -> None:
         if line.startswith("@json "):
             try:
@@ -178,18 +188,18 @@ def guest_rows(built: Kernel, rows: Rows, disks: list[Path], plan: Path, rounds:
             if "kernel" in row:
                 row["kernel"] += f", BASE={built.base}"
             rows.append(row)
+            progress.update("seconds" in row and row["round"] > 0)
 
     # printing messages would be measured, too; errors and panics (a warning is one) still show
     script = ("dmesg -n 4\n"
               "thp=/sys/kernel/mm/transparent_hugepage/enabled\n"
               "[ ! -e $thp ] || echo madvise > $thp\n"
               f"dio_bench --plan /truth/plan.json --mount /mnt --rounds {rounds} {option}\n")
-    cells = json.loads((plan / "plan.json").read_text())
-    passes = sum(len(cell["columns"]) for cell in cells)
     try:
-        vehicle.boot(built, programs=[programs.bench(built)], disks=disks, truth=plan,
-                     script=script, on_line=on_line,
-                     timeout=BOOT + passes * (1 + rounds) * SECONDS, **more)
+        with progress:
+            vehicle.boot(built, programs=[programs.bench(built)], disks=disks, truth=plan,
+                         script=script, on_line=on_line,
+                         timeout=BOOT + passes * (1 + rounds) * SECONDS, **more)
     except Failure as failure:
         why = [row["error"] for row in rows[before:] if "error" in row]
         raise Failure(why[0] if why else str(failure)) from None
@@ -304,11 +314,12 @@ def timed_columns(image: Image, cell: dict[str, Any], device: str,
 
 def work_of(cell: dict[str, Any]) -> int:
     """Bytes of each thread: small random requests take their time each."""
+    size = file_size(cell["algorithm"])
     if cell["pattern"] == "random":
-        return max(cell["request"], min(PART, 256 * cell["request"]))
+        return max(cell["request"], min(size // 2, 256 * cell["request"]))
     if cell["data"] != "mixed":
         return PART
-    return LARGE if cell["memory"] == "low" and cell["threads"] == 1 else FILE
+    return LARGE if cell["memory"] == "low" and cell["threads"] == 1 else size
 
 
 def times_of(cell: dict[str, Any]) -> int:
@@ -319,7 +330,7 @@ def times_of(cell: dict[str, Any]) -> int:
 
 def measure(on: str, name: str, rounds: int, full: bool, rows: Rows) -> None:
     built = kernel(f"{on}-bench")
-    data = timed_data()
+    data = timed_data(file_size(name.partition("-")[0]))
     [image] = images_of(data, [name])
     for noise, _, _ in NOISE:
         extents = output([str(programs.oracle()), "--image", str(image.path), "--extents", noise])
@@ -394,7 +405,8 @@ def options() -> argparse.Namespace:
                         help="show instructions on arm64, measure nothing else")
     parser.add_argument("--cell", default="", help="of --count only these, as in "
                         "lz4-4k,1M,direct,thp; all of what is not named")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=number("ROUNDS", 3, least=1),
+                        help="that are measured (default: ROUNDS, or 3)")
     return parser.parse_args()
 
 

@@ -22,7 +22,7 @@ REPO = Path(__file__).resolve().parent.parent
 JOBS = os.environ.get("JOBS") or str(len(os.sched_getaffinity(0)))
 # settings of this repository's make, which another make would take for its own
 OURS = {"BASE", "KSRC", "IMAGE", "DATA", "CACHE", "JOBS", "SAN", "SOAK", "READS", "SEED", "ONLY",
-        "REPLAY", "FULL", "PAGES", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES",
+        "REPLAY", "FULL", "PAGES", "ROUNDS", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES",
         "ARCH", "CROSS_COMPILE", "KBUILD_OUTPUT", "GIT_DIR", "GIT_WORK_TREE"}
 WEEK = 7 * 24 * 3600
 FULL = "disk full: free space or set CACHE= to a directory with room"
