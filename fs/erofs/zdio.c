@@ -16,6 +16,7 @@
 #include "compress.h"
 #include <linux/blkdev.h>
 #include <linux/cacheinfo.h>
+#include <linux/dma-mapping.h>
 #include <linux/memremap.h>
 #include <linux/ratelimit.h>
 #include <linux/sched/mm.h>
@@ -32,23 +33,30 @@
 #define Z_EROFS_DIO_FOLIO		BIT(PAGE_ALLOC_COSTLY_ORDER)
 /* .. or of up to this one for larger pclusters, if such are free */
 #define Z_EROFS_DIO_MAX_FOLIO		(SZ_128K / PAGE_SIZE)
-/* Windows of a request whose compressed data is read or decoded by now */
+/* Windows of an asynchronous request which hold compressed data at a time */
 #define Z_EROFS_DIO_STAGED		2
-/* Asynchronous requests are pinned as a whole, thus wait for larger ones */
+/* .. and those of all of a superblock, for each CPU */
+#define Z_EROFS_DIO_STAGED_PER_CPU	4
+/* Larger requests are always synchronous: others are pinned as a whole */
 #define Z_EROFS_DIO_MAX_ASYNC		SZ_32M
-/* Another CPU is asked to help for so many bytes, unless there are enough */
+/* One more CPU is asked to help for each of so many bytes of a window */
 #define Z_EROFS_DIO_HELP		SZ_128K
 #define Z_EROFS_DIO_MAX_HELPERS		7
+/* Memory that is nice to have: it is not worth any reclaim */
+#define Z_EROFS_DIO_GFP_CHEAP	((GFP_KERNEL & ~__GFP_RECLAIM) | __GFP_NOWARN)
 /* The distance of LZ4 matches is less than 64KiB */
 #define Z_EROFS_DIO_LZ4_PAGES		(SZ_64K / PAGE_SIZE + 1)
-/* What is dropped behind smaller requests would be decoded over and over */
+/*
+ * Buffered reads of at least this size are dropped behind: smaller ones would
+ * decode the same pcluster over and over
+ */
 #define Z_EROFS_DIO_DONTCACHE		SZ_128K
 
-/* What is kept for a sequential reader behind its last request */
+/* Decoded bytes kept for a sequential reader behind its last request */
 #define Z_EROFS_DIO_KEEP		SZ_1M
-/* .. how much of compressed data is read ahead for the next one */
+/* .. and compressed ones that are read ahead */
 #define Z_EROFS_DIO_AHEAD		SZ_512K
-/* .. and this part of all memory for all of them */
+/* All files together have one page in so many for both */
 #define Z_EROFS_DIO_MAX_KEPT		256
 /* Asynchronous requests of up to this size take turns, if they are this close */
 #define Z_EROFS_DIO_TURN		SZ_32K
@@ -71,18 +79,27 @@ struct z_erofs_dio_ahead {
 };
 
 /*
- * What is known of the last request of a file, and decoded bytes behind it.
- * @busy belongs to a request, and the others do without.  Its owner may be in a
- * page fault that needs another request of the same file, so nobody waits for
- * it, apart from windows of asynchronous requests for each other: all memory
- * these need has been pinned.
+ * What is known of the last request of an open file, and decoded bytes behind
+ * it.  Whoever has set bit 0 of @busy owns all that isn't said to be locked:
+ *
+ * - a synchronous request, from z_erofs_dio_get_keep() until it returns;
+ * - a window of a small asynchronous one, from z_erofs_dio_take_turn() to
+ *   z_erofs_dio_end_turn(), which passes it on to the first one in @waiting;
+ * - the shrinker, under z_erofs_dio_kept_lock.
+ *
+ * The owner may be in a page fault that needs another request of the same file,
+ * so the others do without rather than wait.  Windows of asynchronous requests
+ * do wait for each other (@turns): all memory these need has been pinned.
  */
 struct z_erofs_dio_keep {
+	refcount_t ref;			/* of its file and of what is being read */
+	struct erofs_sb_info *sbi;
 	unsigned long busy;
 	spinlock_t lock;		/* of the two below */
-	bool turns;			/* it belongs to such a window */
-	struct list_head waiting;	/* .. and is handed on to these */
+	bool turns;			/* the owner is such a window */
+	struct list_head waiting;	/* .. and these are next, see there */
 	loff_t came;			/* where their last request to come ends */
+	/* changed by the owner, and under z_erofs_dio_kept_lock */
 	struct list_head lru;
 	unsigned int nr;		/* pages that are accounted for */
 	loff_t next;			/* where a sequential reader goes on */
@@ -114,22 +131,30 @@ struct z_erofs_dio_seg {
 struct z_erofs_dio_dest {
 	struct page **pages;
 	struct z_erofs_dio_seg *segs;
-	unsigned int nr_pages, nr_segs, max_segs;
+	unsigned int nr_pages, nr_segs;
 	unsigned int nr_runs;		/* of physically consecutive pages */
+	unsigned int align;		/* offsets and lengths in memory, or'ed */
 	void *addr;			/* of the first page if all are mapped */
 };
 
 /*
  * How an extent is laid out in the list of pages given to the decoder: its
- * first byte is byte @pageofs of the first of @nr pages.  Pages [@direct,
- * @edirect) are destination pages from @page on.  The others also hold bytes
- * which don't belong there and are kernel pages to be copied from.
+ * first byte is byte @pageofs of the first of @nr pages, of which
+ *
+ * - [@direct, @edirect) are those of the destination, from its @page-th on;
+ * - [@kept, @nr) are those of z_erofs_dio_keep, from its first one on;
+ * - the others are temporary.
+ *
+ * Those of the destination hold nothing that doesn't belong there; from the
+ * others, what is wanted is copied.  If something is kept, there are none of the
+ * destination, otherwise @kept is @nr.  If all of it is (@kept is 0), the list is
+ * the one of z_erofs_dio_keep.
  */
 struct z_erofs_dio_layout {
 	unsigned int pageofs, nr;
 	unsigned int direct, edirect;
 	unsigned int page;
-	unsigned int kept;		/* pages from here on are kept */
+	unsigned int kept;
 };
 
 struct z_erofs_dio_extent {
@@ -155,10 +180,22 @@ struct z_erofs_dio_req {
 	unsigned int ahead;		/* pages to be read behind it */
 	refcount_t ref;			/* one per window and the submitter's */
 
-	spinlock_t lock;		/* of the two below, if asynchronous */
+	/* synchronous: the window which is being read */
+	struct z_erofs_dio_window *staged;
+	/* asynchronous: those with a slot or in line for one, and the rest */
 	unsigned int nr_staged;
-	/* synchronous: windows that are staged; asynchronous: those to come */
 	struct list_head windows;
+};
+
+/*
+ * Who decodes asynchronous requests of a superblock.  There can be any number of
+ * them, so only windows that got a slot may hold compressed data.
+ */
+struct z_erofs_dio_workers {
+	struct workqueue_struct *wq;
+	spinlock_t lock;		/* of the rest, and of those of requests */
+	unsigned int nr_staged;
+	struct list_head waiting;	/* windows in line for a slot */
 };
 
 struct z_erofs_dio_helper {
@@ -168,7 +205,8 @@ struct z_erofs_dio_helper {
 
 struct z_erofs_dio_window {
 	struct z_erofs_dio_req *req;
-	struct z_erofs_dio_keep *keep;	/* which belongs to it, or will do so */
+	/* NULL if it does without; asynchronous: its own from its turn on */
+	struct z_erofs_dio_keep *keep;
 	struct list_head link;
 	unsigned int overtaken;		/* how often, while it waited */
 	struct inode *inode;
@@ -181,7 +219,7 @@ struct z_erofs_dio_window {
 
 	struct page **in;		/* compressed pages */
 	struct page *pagepool;
-	unsigned int nr_in, max_in;
+	unsigned int nr_in;		/* to be allocated, or held in @in */
 
 	struct bio *bio;		/* to be filled with more of them */
 	struct erofs_device_info *dif;	/* .. from this device */
@@ -202,6 +240,13 @@ struct z_erofs_dio_window {
 	struct z_erofs_dio_extent ext[] __counted_by(max_ext);
 };
 
+/* What offsets and lengths have to be multiples of */
+static unsigned int z_erofs_dio_unit(struct block_device *bdev)
+{
+	return max_t(unsigned int, bdev_logical_block_size(bdev),
+		     bdev_dma_alignment(bdev) + 1);
+}
+
 /*
  * Extents end at any byte, windows have to end at a block boundary.  Cut the
  * window just behind the start of the extent [@la, @lend) which covers its
@@ -217,35 +262,13 @@ static loff_t z_erofs_dio_cut(loff_t pos, loff_t la, loff_t lend,
 	return end > pos ? end : pos + Z_EROFS_DIO_WINDOW;
 }
 
-static int z_erofs_dio_new_seg(struct z_erofs_dio_dest *d, loff_t pos,
-			       unsigned int offset)
-{
-	unsigned int nr = d->max_segs;
-	struct z_erofs_dio_seg *seg;
-
-	if (d->nr_segs == nr) {
-		nr = 2 * nr + 1;
-		seg = krealloc_array(d->segs, nr, sizeof(*seg), GFP_KERNEL);
-		if (!seg)
-			return -ENOMEM;
-		d->segs = seg;
-		d->max_segs = nr;
-	}
-	d->segs[d->nr_segs++] = (struct z_erofs_dio_seg) {
-		.pos = pos,
-		.base = (d->nr_pages << PAGE_SHIFT) + offset,
-	};
-	return 0;
-}
-
 /* Append a piece of memory that is physically consecutive */
-static int z_erofs_dio_add(struct z_erofs_dio_dest *d, const struct bio_vec *bv,
-			   loff_t pos)
+static void z_erofs_dio_add(struct z_erofs_dio_dest *d,
+			    const struct bio_vec *bv, loff_t pos)
 {
 	struct page *page = bv->bv_page, *last = NULL;
-	unsigned int nr = DIV_ROUND_UP(bv->bv_offset + bv->bv_len, PAGE_SIZE);
+	unsigned int nr = PFN_UP(bv->bv_offset + bv->bv_len);
 	struct z_erofs_dio_seg *seg = NULL;
-	int err;
 
 	if (d->nr_pages) {
 		last = d->pages[d->nr_pages - 1];
@@ -253,10 +276,11 @@ static int z_erofs_dio_add(struct z_erofs_dio_dest *d, const struct bio_vec *bv,
 	}
 	if (!last || offset_in_page(seg->base + seg->len) != bv->bv_offset ||
 	    (bv->bv_offset && last != page)) {
-		err = z_erofs_dio_new_seg(d, pos, bv->bv_offset);
-		if (err)
-			return err;
-		seg = d->segs + d->nr_segs - 1;
+		seg = d->segs + d->nr_segs++;
+		*seg = (struct z_erofs_dio_seg) {
+			.pos = pos,
+			.base = (d->nr_pages << PAGE_SHIFT) + bv->bv_offset,
+		};
 	} else if (bv->bv_offset) {
 		++page;
 		--nr;
@@ -266,7 +290,6 @@ static int z_erofs_dio_add(struct z_erofs_dio_dest *d, const struct bio_vec *bv,
 		++d->nr_runs;
 	for (; nr; --nr)
 		d->pages[d->nr_pages++] = page++;
-	return 0;
 }
 
 /* Find the segment of the file byte at @pos, which has to be in @d */
@@ -290,7 +313,7 @@ static void z_erofs_dio_lay_aside(loff_t la, unsigned int len,
 				  struct z_erofs_dio_layout *lo)
 {
 	*lo = (struct z_erofs_dio_layout) { .pageofs = offset_in_page(la) };
-	lo->nr = PAGE_ALIGN(lo->pageofs + len) >> PAGE_SHIFT;
+	lo->nr = PFN_UP(lo->pageofs + len);
 	lo->kept = lo->nr;
 }
 
@@ -314,9 +337,9 @@ static void z_erofs_dio_lay_out(const struct z_erofs_dio_dest *d, loff_t la,
 		z_erofs_dio_lay_aside(la, len, lo);
 		return;
 	}
-	lo->nr = PAGE_ALIGN(lo->pageofs + len) >> PAGE_SHIFT;
+	lo->nr = PFN_UP(lo->pageofs + len);
 	lo->kept = lo->nr;
-	lo->direct = head ? PAGE_ALIGN(lo->pageofs + head) >> PAGE_SHIFT : 0;
+	lo->direct = head ? PFN_UP(lo->pageofs + head) : 0;
 	lo->edirect = lo->nr;
 	if (la + len > seg->pos + seg->len)
 		lo->edirect = (lo->pageofs + (u32)(seg->pos + seg->len - la)) >>
@@ -336,8 +359,7 @@ static struct bio_vec z_erofs_dio_bvec(const struct z_erofs_dio_dest *d,
 		.bv_offset = offset_in_page(cur),
 	};
 
-	bv.bv_len = min3(len, seg->len - skip,
-			 (unsigned int)PAGE_SIZE - bv.bv_offset);
+	bv.bv_len = min3(len, seg->len - skip, PAGE_SIZE - bv.bv_offset);
 	return bv;
 }
 
@@ -364,7 +386,7 @@ static void z_erofs_dio_copy(const struct z_erofs_dio_dest *d, loff_t pos,
  */
 static bool z_erofs_dio_is_foreign(const struct bio_vec *bv)
 {
-	unsigned int nr = DIV_ROUND_UP(bv->bv_offset + bv->bv_len, PAGE_SIZE);
+	unsigned int nr = PFN_UP(bv->bv_offset + bv->bv_len);
 	struct folio *folio;
 	unsigned int i;
 
@@ -372,8 +394,7 @@ static bool z_erofs_dio_is_foreign(const struct bio_vec *bv)
 	for (i = 0; i < nr; i += folio_nr_pages(folio) -
 				 folio_page_idx(folio, bv->bv_page + i)) {
 		folio = page_folio(bv->bv_page + i);
-		if (folio_test_private(folio) ||
-		    is_pci_p2pdma_page(bv->bv_page + i))
+		if (folio_test_private(folio) || folio_is_pci_p2pdma(folio))
 			return true;
 	}
 	return false;
@@ -388,12 +409,13 @@ static int z_erofs_dio_gather(struct z_erofs_dio_window *w)
 	struct bio *bio;
 	loff_t pos = w->pos;
 	unsigned int nr = 0;
-	int err;
 
 	bio_list_for_each(bio, &w->bios)
 		nr += bio_segments(bio);
+	/* each of them can begin a page and a segment, and none begins more */
 	d->pages = kvmalloc_objs(*d->pages, nr);
-	if (!d->pages)
+	d->segs = kvmalloc_objs(*d->segs, nr);
+	if (!d->pages || !d->segs)
 		return -ENOMEM;
 
 	bio_list_for_each(bio, &w->bios) {
@@ -402,9 +424,8 @@ static int z_erofs_dio_gather(struct z_erofs_dio_window *w)
 			bv.bv_offset = offset_in_page(bv.bv_offset);
 			if (z_erofs_dio_is_foreign(&bv))
 				return -ENOTBLK;
-			err = z_erofs_dio_add(d, &bv, pos);
-			if (err)
-				return err;
+			z_erofs_dio_add(d, &bv, pos);
+			d->align |= bv.bv_offset | bv.bv_len;
 			pos += bv.bv_len;
 		}
 	}
@@ -421,10 +442,10 @@ static void z_erofs_dio_copy_page(const struct z_erofs_dio_dest *d, loff_t pos,
 	kunmap_local(src);
 }
 
-static struct page *z_erofs_dio_kept_page(struct z_erofs_dio_keep *k,
-					  loff_t pos)
+/* Where the kept byte of the file at @pos is mapped */
+static void *z_erofs_dio_kept_addr(struct z_erofs_dio_keep *k, loff_t pos)
 {
-	return k->pages[(pos >> PAGE_SHIFT) - (k->pos >> PAGE_SHIFT)];
+	return k->addr + (pos - round_down(k->pos, PAGE_SIZE));
 }
 
 /* Nothing is kept any more; returns what is left to be freed by vfree() */
@@ -432,7 +453,6 @@ static void *z_erofs_dio_drop(struct z_erofs_dio_keep *k)
 {
 	void *addr = k->addr;
 
-	k->pos = 0;
 	k->end = 0;
 	k->addr = NULL;
 	k->nr_pages = 0;
@@ -440,16 +460,15 @@ static void *z_erofs_dio_drop(struct z_erofs_dio_keep *k)
 }
 
 /*
- * Who uses some pages of a folio that compressed data is read into has one
- * reference, however many they are.
+ * Pages of a folio that follow each other in a list have a single reference.
+ * Those in front of the @i-th are held already.
  */
-static void z_erofs_dio_get_pages(struct page **pages, unsigned int nr)
+static void z_erofs_dio_hold_page(struct page **pages, unsigned int i,
+				  struct page *page)
 {
-	unsigned int i;
-
-	for (i = 0; i < nr; ++i)
-		if (!i || page_folio(pages[i]) != page_folio(pages[i - 1]))
-			folio_get(page_folio(pages[i]));
+	if (!i || page_folio(page) != page_folio(pages[i - 1]))
+		folio_get(page_folio(page));
+	pages[i] = page;
 }
 
 static void z_erofs_dio_put_pages(struct page **pages, unsigned int nr)
@@ -488,8 +507,7 @@ static void z_erofs_dio_settle_ahead(struct z_erofs_dio_ahead *a)
 static void z_erofs_dio_account(struct z_erofs_dio_keep *k, unsigned int nr)
 {
 	lockdep_assert_held(&z_erofs_dio_kept_lock);
-	z_erofs_dio_nr_kept -= k->nr;
-	z_erofs_dio_nr_kept += nr;
+	WRITE_ONCE(z_erofs_dio_nr_kept, z_erofs_dio_nr_kept - k->nr + nr);
 	k->nr = nr;
 	if (nr)
 		list_move_tail(&k->lru, &z_erofs_dio_kept);
@@ -524,12 +542,12 @@ static unsigned long z_erofs_dio_shrink_one(void)
 }
 
 /*
- * If all files together have too many pages, those who have had theirs for
- * longer lose them: readers who go on get new ones.
+ * If all other files together have too many pages, take them from those that have
+ * had theirs for the longest time; if they are read on, they get new ones.
  */
-static bool z_erofs_dio_may_keep(void)
+static bool z_erofs_dio_may_keep(struct z_erofs_dio_keep *k)
 {
-	while (READ_ONCE(z_erofs_dio_nr_kept) >=
+	while (READ_ONCE(z_erofs_dio_nr_kept) - k->nr >=
 	       totalram_pages() / Z_EROFS_DIO_MAX_KEPT)
 		if (!z_erofs_dio_shrink_one())
 			return false;
@@ -539,24 +557,21 @@ static bool z_erofs_dio_may_keep(void)
 /* Have room for @nr pages */
 static bool z_erofs_dio_make_room(struct z_erofs_dio_keep *k, unsigned int nr)
 {
-	gfp_t gfp = (GFP_KERNEL & ~__GFP_RECLAIM) | __GFP_NOWARN;
 	unsigned int got = 0, before;
 	struct page **pages;
 
-	k->pos = 0;
-	k->end = 0;
 	if (nr <= k->nr_pages)
 		return true;
 	vfree(z_erofs_dio_drop(k));
-	if (!z_erofs_dio_may_keep())
+	if (!z_erofs_dio_may_keep(k))
 		return false;
-	nr = round_up(nr, max_t(unsigned int, SZ_64K / PAGE_SIZE, 1));
-	pages = kvcalloc(nr, sizeof(*pages), gfp);
+	nr = round_up(nr, DIV_ROUND_UP(SZ_64K, PAGE_SIZE));
+	pages = kvcalloc(nr, sizeof(*pages), Z_EROFS_DIO_GFP_CHEAP);
 	if (!pages)
 		return false;
 	do {
 		before = got;
-		got = alloc_pages_bulk(gfp, nr, pages);
+		got = alloc_pages_bulk(Z_EROFS_DIO_GFP_CHEAP, nr, pages);
 	} while (got > before && got < nr);
 	if (got == nr)
 		k->addr = vmap(pages, nr, VM_MAP | VM_MAP_PUT_PAGES,
@@ -582,10 +597,9 @@ static unsigned long z_erofs_dio_shrink_scan(struct shrinker *shrink,
 {
 	unsigned long freed = 0, nr;
 
-	do {
-		nr = z_erofs_dio_shrink_one();
+	while (freed < sc->nr_to_scan && (nr = z_erofs_dio_shrink_one()))
 		freed += nr;
-	} while (nr && freed < sc->nr_to_scan);
+	sc->nr_scanned = freed;
 	return freed ?: SHRINK_STOP;
 }
 
@@ -593,28 +607,23 @@ static unsigned long z_erofs_dio_shrink_scan(struct shrinker *shrink,
 static void z_erofs_dio_copy_kept(struct z_erofs_dio_window *w)
 {
 	struct z_erofs_dio_keep *k = w->keep;
-	unsigned int len;
-	loff_t end;
 
-	if (!k || w->pos < k->pos)
+	if (!k || w->pos < k->pos || w->pos >= k->end)
 		return;
-	end = min(w->end, k->end);
-	for (; w->start < end; w->start += len) {
-		len = min_t(loff_t, end - w->start,
-			    PAGE_SIZE - offset_in_page(w->start));
-		z_erofs_dio_copy_page(&w->dest, w->start,
-				      z_erofs_dio_kept_page(k, w->start),
-				      offset_in_page(w->start), len);
-	}
+	w->start = min(w->end, k->end);
+	z_erofs_dio_copy(&w->dest, w->pos, z_erofs_dio_kept_addr(k, w->pos),
+			 w->start - w->pos);
 }
 
-/* The page cache never differs, and copying is cheaper than decoding */
+/*
+ * The page cache never differs, and copying is cheaper than decoding.  False
+ * unless all of it is there; what has been copied before is decoded as well.
+ */
 static bool z_erofs_dio_copy_cached(struct z_erofs_dio_window *w, loff_t pos,
 				    loff_t end)
 {
 	struct address_space *mapping = w->req->file->f_mapping;
 	struct folio *folio;
-	struct page *page;
 	unsigned int len;
 	bool found = READ_ONCE(mapping->nrpages);
 
@@ -625,9 +634,9 @@ static bool z_erofs_dio_copy_cached(struct z_erofs_dio_window *w, loff_t pos,
 			return false;
 		len = min_t(loff_t, end - pos, PAGE_SIZE - offset_in_page(pos));
 		found = folio_test_uptodate(folio);
-		page = folio_file_page(folio, pos >> PAGE_SHIFT);
 		if (found)
-			z_erofs_dio_copy_page(&w->dest, pos, page,
+			z_erofs_dio_copy_page(&w->dest, pos,
+					      folio_file_page(folio, pos >> PAGE_SHIFT),
 					      offset_in_page(pos), len);
 		folio_put(folio);
 	}
@@ -658,10 +667,12 @@ z_erofs_dio_plain_dev(struct z_erofs_dio_window *w,
 	if (map->m_algorithmformat == Z_EROFS_COMPRESSION_INTERLACED &&
 	    map->m_plen > sb->s_blocksize)
 		return NULL;
+	/* what is decoded meanwhile must not share lines of caches with them */
+	if (w->dest.align & (dma_get_cache_alignment() - 1))
+		return NULL;
 
 	(void)erofs_map_dev(sb, &mdev);
-	mask = (bdev_logical_block_size(mdev.m_bdev) - 1) |
-		bdev_dma_alignment(mdev.m_bdev);
+	mask = z_erofs_dio_unit(mdev.m_bdev) - 1;
 	mdev.m_pa += mdev.m_dif->fsoff + (from - map->m_la);
 	if ((from | w->rest | w->pos | mdev.m_pa) & mask ||
 	    bdev_logical_block_size(mdev.m_bdev) >
@@ -677,48 +688,60 @@ static void z_erofs_dio_extend(struct z_erofs_dio_window *w,
 {
 	loff_t end = min(lend, w->end + Z_EROFS_DIO_KEEP);
 
-	if (end <= w->end || w->end - max_t(loff_t, e->la, w->start) > Z_EROFS_DIO_KEEP)
+	if (end <= w->end || w->end - w->rest > Z_EROFS_DIO_KEEP)
 		return;
 	e->keep = true;
 	e->len = end - e->la;
 	e->partial = !EROFS_MAP_FULL(e->flags) || end < lend;
 }
 
-/* Look up extents backwards from w->rest until there are enough to work on */
+/*
+ * Look up the extent that has the last byte in front of w->rest.  The next
+ * request is going to need the rest of the last one, so find out where that
+ * ends (@keep), unless it fails: nobody has asked for those bytes.
+ */
+static int z_erofs_dio_lookup(struct z_erofs_dio_window *w,
+			      struct erofs_map_blocks *map, bool *keep)
+{
+	/* known to be right in front of another one, apart from the first */
+	int flags = w->rest == map->m_la ? EROFS_GET_BLOCKS_PREVIOUS : 0;
+	int err;
+
+	*keep = w->keep && w->req->sequential && w->rest == w->req->end;
+	map->m_la = w->rest - 1;
+	map->m_llen = map->m_la - w->start;
+	err = z_erofs_map_blocks_iter(w->inode, map, *keep ?
+				      EROFS_GET_BLOCKS_FIEMAP : flags);
+	if (err && *keep) {
+		*keep = false;
+		map->m_la = w->rest - 1;
+		err = z_erofs_map_blocks_iter(w->inode, map, 0);
+	}
+	if (!err && map->m_la + map->m_llen < w->rest)
+		err = -EFSCORRUPTED;
+	return err;
+}
+
+/*
+ * Look up extents backwards from w->rest until there are enough to work on.
+ * Those that are decoded begin where they do on disk, the others no earlier
+ * than what is wanted of them.
+ */
 static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 {
-	unsigned int bs = i_blocksize(w->inode);
+	struct super_block *sb = w->inode->i_sb;
 	struct erofs_map_blocks map = { .buf = __EROFS_BUF_INITIALIZER };
 	struct z_erofs_dio_extent *e = NULL;
-	struct erofs_device_info *dif, *last = NULL;
-	int flags, err = 0;
+	struct erofs_device_info *dif, *last = NULL;	/* of @e, if plain */
 	loff_t from;
+	int err = 0;
 	bool keep;
 
-	w->nr_ext = 0;
-	w->nr_in = 0;
 	while (w->rest > w->start && w->nr_ext < w->max_ext &&
 	       w->nr_in < Z_EROFS_DIO_MAX_INPAGES) {
-		/* the next request is going to need the rest of the last one */
-		keep = w->keep && w->req->sequential && w->rest == w->req->end;
-		flags = keep ? EROFS_GET_BLOCKS_FIEMAP : 0;
-		if (w->rest == map.m_la)
-			flags |= EROFS_GET_BLOCKS_PREVIOUS;
-		map.m_la = w->rest - 1;
-		map.m_llen = map.m_la - w->start;
-		err = z_erofs_map_blocks_iter(w->inode, &map, flags);
-		if (err && keep) {
-			/* something may be wrong that nobody has asked for */
-			keep = false;
-			map.m_la = w->rest - 1;
-			err = z_erofs_map_blocks_iter(w->inode, &map, 0);
-		}
+		err = z_erofs_dio_lookup(w, &map, &keep);
 		if (err)
 			break;
-		if (map.m_la + map.m_llen < w->rest) {
-			err = -EFSCORRUPTED;
-			break;
-		}
 		from = max_t(loff_t, map.m_la, w->start);
 		if (z_erofs_dio_copy_cached(w, from, w->rest)) {
 			w->rest = from;
@@ -741,7 +764,6 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 			.la = map.m_la,
 			.pa = map.m_flags & EROFS_MAP_MAPPED ? map.m_pa : 0,
 			.plen = map.m_plen,
-			.in = w->nr_in,
 			.flags = map.m_flags,
 			.alg = map.m_algorithmformat,
 			.partial = !EROFS_MAP_FULL(map.m_flags) ||
@@ -753,8 +775,7 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 			e->la = from;
 			e->pa += from - map.m_la;
 		} else {
-			e->inpages = PAGE_ALIGN((e->pa & (bs - 1)) + e->plen) >>
-					PAGE_SHIFT;
+			e->inpages = PFN_UP(erofs_blkoff(sb, e->pa) + e->plen);
 			w->nr_in += e->inpages;
 		}
 		e->len = w->rest - e->la;
@@ -773,29 +794,65 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 
 static void z_erofs_dio_queue_work(struct z_erofs_dio_window *w)
 {
-	queue_work(EROFS_I_SB(w->inode)->dio_workqueue, &w->work);
+	queue_work(EROFS_I_SB(w->inode)->dio_workers->wq, &w->work);
+}
+
+/* False if it has to wait: then a worker will begin with it, or has done so */
+static bool z_erofs_dio_get_slot(struct z_erofs_dio_window *w)
+{
+	struct z_erofs_dio_workers *p = EROFS_I_SB(w->inode)->dio_workers;
+
+	guard(spinlock)(&p->lock);
+	if (w->req->nr_staged == Z_EROFS_DIO_STAGED) {
+		list_add_tail(&w->link, &w->req->windows);
+		return false;
+	}
+	++w->req->nr_staged;
+	if (p->nr_staged >= Z_EROFS_DIO_STAGED_PER_CPU * num_online_cpus()) {
+		list_add_tail(&w->link, &p->waiting);
+		return false;
+	}
+	++p->nr_staged;
+	return true;
+}
+
+/* Pass the slot on to the next window of the request, or of another one */
+static void z_erofs_dio_put_slot(struct z_erofs_dio_window *w)
+{
+	struct z_erofs_dio_workers *p = EROFS_I_SB(w->inode)->dio_workers;
+	struct list_head *from = &w->req->windows;
+	struct z_erofs_dio_window *next;
+
+	guard(spinlock)(&p->lock);
+	if (list_empty(from)) {
+		--w->req->nr_staged;
+		from = &p->waiting;
+	}
+	next = list_first_entry_or_null(from, struct z_erofs_dio_window, link);
+	if (next) {
+		list_del(&next->link);
+		z_erofs_dio_queue_work(next);
+	} else {
+		--p->nr_staged;
+	}
 }
 
 /* Callers who wait decode on their own: they need not wait for a worker, too */
-static void z_erofs_dio_put_pending(struct z_erofs_dio_window *w)
-{
-	if (!atomic_dec_and_test(&w->pending))
-		return;
-	if (w->req->async)
-		z_erofs_dio_queue_work(w);
-	else
-		complete(&w->done);
-}
-
 static void z_erofs_dio_endio(struct bio *bio)
 {
 	struct z_erofs_dio_window *w = bio->bi_private;
 
 	if (bio->bi_status)
 		WRITE_ONCE(w->status, bio->bi_status);
+	/* those without are part of a request for the file of the image */
 	if (bio->bi_bdev)
 		bio_put(bio);
-	z_erofs_dio_put_pending(w);
+	if (!atomic_dec_and_test(&w->pending))
+		return;
+	if (w->req->async)
+		z_erofs_dio_queue_work(w);
+	else
+		complete(&w->done);
 }
 
 static void z_erofs_dio_submit(struct z_erofs_dio_window *w)
@@ -893,7 +950,7 @@ static void z_erofs_dio_read_plain(struct z_erofs_dio_window *w,
 			bio->bi_iter.bi_sector =
 				(mdev.m_pa + (from - e->la)) >> SECTOR_SHIFT;
 			/* even if somebody polls for @dest */
-			bio->bi_opf &= ~REQ_POLLED;
+			bio_clear_polled(bio);
 			bio->bi_private = w;
 			bio->bi_end_io = z_erofs_dio_endio;
 			atomic_inc(&w->pending);
@@ -928,22 +985,63 @@ static int z_erofs_dio_read_meta(struct z_erofs_dio_window *w,
 static struct folio *z_erofs_dio_alloc_folio(unsigned int left, unsigned int nr,
 					     gfp_t gfp)
 {
-	gfp_t cheap = (gfp & ~__GFP_RECLAIM) | __GFP_NOWARN;
 	struct folio *folio = NULL;
 
 	nr = min3(max(nr, Z_EROFS_DIO_FOLIO), Z_EROFS_DIO_MAX_FOLIO, left);
 	if (nr > 1)
-		folio = folio_alloc(cheap, get_order(nr << PAGE_SHIFT));
+		folio = folio_alloc(Z_EROFS_DIO_GFP_CHEAP, order_base_2(nr));
 	return folio ?: folio_alloc(gfp, 0);
 }
 
+static void z_erofs_dio_unref_keep(struct z_erofs_dio_keep *k)
+{
+	if (refcount_dec_and_test(&k->ref)) {
+		z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
+		kfree(k);
+	}
+}
+
+/* The file may have been closed, but the superblock waits for this */
 static void z_erofs_dio_ahead_endio(struct bio *bio)
 {
-	struct z_erofs_dio_ahead *a = bio->bi_private;
+	struct z_erofs_dio_keep *k = bio->bi_private;
+	struct erofs_sb_info *sbi = k->sbi;
 
-	a->status = bio->bi_status;
+	k->ahead.status = bio->bi_status;
 	bio_put(bio);
-	complete_all(&a->done);
+	complete_all(&k->ahead.done);
+	z_erofs_dio_unref_keep(k);
+	if (atomic_dec_and_test(&sbi->dio_ahead))
+		wake_up_var(&sbi->dio_ahead);
+}
+
+/*
+ * Drop what has been read ahead in front of @pa on @dif, where a request has
+ * ended, or all of it if @pa isn't there: then begin anew.  Extents may be
+ * anywhere on the device: after each run of pages of which none was used, twice
+ * as many requests don't guess.  False for one that is late: others have
+ * been there already.
+ */
+static bool z_erofs_dio_aim_ahead(struct z_erofs_dio_ahead *a,
+				  struct erofs_device_info *dif,
+				  erofs_off_t pa, bool async)
+{
+	loff_t ofs = pa - a->pa;
+
+	if (a->dif == dif && ofs < 0 && ofs > -Z_EROFS_DIO_AHEAD && async)
+		return false;
+	if (a->dif == dif && ofs >= 0 && ofs >> PAGE_SHIFT < a->nr) {
+		z_erofs_dio_drop_ahead(a, ofs >> PAGE_SHIFT);
+		return true;
+	}
+	if (a->nr) {
+		a->missed = a->used ? 0 : min(2 * a->missed + 1, 63U);
+		a->wait = a->missed;
+	}
+	z_erofs_dio_drop_ahead(a, a->nr);
+	a->dif = dif;
+	a->pa = pa;
+	return true;
 }
 
 /*
@@ -956,11 +1054,11 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 	struct z_erofs_dio_ahead *a = &w->keep->ahead;
 	struct super_block *sb = w->inode->i_sb;
 	struct erofs_map_dev mdev = { .m_pa = e->pa };
-	gfp_t gfp = (GFP_KERNEL & ~__GFP_RECLAIM) | __GFP_NOWARN;
 	struct folio *folio;
-	erofs_off_t pa, end;
 	unsigned int nr, i;
+	erofs_off_t pa;
 	struct bio *bio;
+	loff_t left;
 
 	if (!completion_done(&a->done))
 		return;
@@ -968,47 +1066,34 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 	(void)erofs_map_dev(sb, &mdev);
 	/* extents which aren't aligned share blocks */
 	pa = round_down(mdev.m_pa + e->plen, i_blocksize(w->inode));
-	/* one which is late: others have been there */
-	if (w->req->async && a->dif == mdev.m_dif && pa < a->pa &&
-	    a->pa - pa < Z_EROFS_DIO_AHEAD)
+	if (!z_erofs_dio_aim_ahead(a, mdev.m_dif, pa, w->req->async))
 		return;
-	if (a->dif == mdev.m_dif && pa >= a->pa &&
-	    pa - a->pa < (erofs_off_t)a->nr << PAGE_SHIFT) {
-		z_erofs_dio_drop_ahead(a, (pa - a->pa) >> PAGE_SHIFT);
-	} else {
-		/* extents may be anywhere on the device: guess less often then */
-		if (a->nr) {
-			a->missed = a->used ? 0 : min(2 * a->missed + 1, 63U);
-			a->wait = a->missed;
-		}
-		z_erofs_dio_drop_ahead(a, a->nr);
-		a->dif = mdev.m_dif;
-		a->pa = pa;
-	}
-	end = bdev_nr_bytes(mdev.m_bdev);
 	pa = a->pa + mdev.m_dif->fsoff + ((erofs_off_t)a->nr << PAGE_SHIFT);
-	if (a->nr > w->req->ahead / 2 || pa >= end)
+	left = min_t(loff_t, bdev_nr_bytes(mdev.m_bdev), mdev.m_dif->fsoff +
+		     erofs_pos(sb, EROFS_SB(sb)->total_blocks)) - pa;
+	if (a->nr > w->req->ahead / 2 || left < (loff_t)PAGE_SIZE)
 		return;
 	if (a->wait) {
 		--a->wait;
 		return;
 	}
-	if (!z_erofs_dio_may_keep())
+	if (!z_erofs_dio_may_keep(w->keep))
 		return;
 
-	bio = bio_alloc(mdev.m_bdev, w->req->ahead - a->nr,
-			REQ_OP_READ | REQ_RAHEAD, gfp);
+	nr = min_t(loff_t, w->req->ahead - a->nr, left >> PAGE_SHIFT);
+	bio = bio_alloc(mdev.m_bdev, nr, REQ_OP_READ | REQ_RAHEAD,
+			Z_EROFS_DIO_GFP_CHEAP);
 	if (!bio)
 		return;
 	bio->bi_iter.bi_sector = pa >> SECTOR_SHIFT;
 	bio->bi_ioprio = bio_list_peek(&w->bios)->bi_ioprio;
 	bio_clone_blkg_association(bio, bio_list_peek(&w->bios));
-	bio->bi_private = a;
+	bio->bi_private = w->keep;
 	bio->bi_end_io = z_erofs_dio_ahead_endio;
-	end = min(end, pa + ((erofs_off_t)(w->req->ahead - a->nr) << PAGE_SHIFT));
-	for (; pa + PAGE_SIZE <= end; pa += folio_size(folio)) {
-		nr = rounddown_pow_of_two((unsigned int)((end - pa) >> PAGE_SHIFT));
-		folio = z_erofs_dio_alloc_folio(nr, e->inpages, gfp);
+	for (; nr; nr -= folio_nr_pages(folio)) {
+		folio = z_erofs_dio_alloc_folio(rounddown_pow_of_two(nr),
+						e->inpages,
+						Z_EROFS_DIO_GFP_CHEAP);
 		if (!folio)
 			break;
 		for (i = 0; i < folio_nr_pages(folio); ++i)
@@ -1021,6 +1106,8 @@ static void z_erofs_dio_read_ahead(struct z_erofs_dio_window *w,
 	}
 	a->used = false;
 	reinit_completion(&a->done);
+	refcount_inc(&w->keep->ref);
+	atomic_inc(&w->keep->sbi->dio_ahead);
 	submit_bio(bio);
 }
 
@@ -1030,8 +1117,8 @@ static bool z_erofs_dio_take_ahead(struct z_erofs_dio_window *w,
 {
 	struct z_erofs_dio_ahead *a = &w->keep->ahead;
 	struct erofs_map_dev mdev = { .m_pa = e->pa };
-	struct page **in = w->in + e->in;
 	erofs_off_t pa, nr;		/* it may be anywhere on the device */
+	unsigned int i;
 
 	(void)erofs_map_dev(w->inode->i_sb, &mdev);
 	pa = round_down(mdev.m_pa, i_blocksize(w->inode));
@@ -1047,30 +1134,27 @@ static bool z_erofs_dio_take_ahead(struct z_erofs_dio_window *w,
 			return false;
 	}
 	a->used = true;
-	memcpy(in, a->pages + nr, e->inpages * sizeof(*in));
-	z_erofs_dio_get_pages(in, e->inpages);
+	for (i = 0; i < e->inpages; ++i, ++w->nr_in)
+		z_erofs_dio_hold_page(w->in, w->nr_in, a->pages[nr + i]);
 	return true;
 }
 
 /* In ascending order: extents which follow each other also do so in memory */
 static int z_erofs_dio_alloc_in(struct z_erofs_dio_window *w)
 {
-	unsigned int left = w->nr_in, room = 0, i = w->nr_ext, j;
+	unsigned int nr = w->nr_in, room = 0, i = w->nr_ext, j;
 	bool ahead = w->keep && w->keep->ahead.nr;
 	struct z_erofs_dio_extent *e;
-	struct page **in, *page = NULL;
+	struct page *page = NULL;
 	struct folio *folio;
 
-	if (w->nr_in > w->max_in) {
-		kvfree(w->in);
-		w->max_in = 0;
-		w->in = kvmalloc_objs(*w->in, w->nr_in);
-		if (!w->in)
-			goto nomem;
-		w->max_in = w->nr_in;
-	}
-	for (; i--; left -= e->inpages) {
+	w->nr_in = 0;
+	w->in = kvmalloc_objs(*w->in, nr);
+	if (!w->in)
+		return -ENOMEM;
+	while (i--) {
 		e = &w->ext[i];
+		e->in = w->nr_in;
 		if (ahead && e->inpages && !(e->flags & EROFS_MAP_META)) {
 			e->ahead = z_erofs_dio_take_ahead(w, e);
 			ahead = e->ahead;
@@ -1080,66 +1164,55 @@ static int z_erofs_dio_alloc_in(struct z_erofs_dio_window *w)
 		/* don't split what a folio of its own can hold */
 		if (room < e->inpages && e->inpages <= Z_EROFS_DIO_MAX_FOLIO)
 			room = 0;
-		in = w->in + e->in;
-		for (j = 0; j < e->inpages; ++j, --room) {
-			if (!room) {
-				folio = z_erofs_dio_alloc_folio(left - j,
-								e->inpages - j,
-								GFP_KERNEL);
-				if (!folio) {
-					e->inpages = j;
-					goto nomem;
-				}
-				page = folio_page(folio, 0);
-				room = folio_nr_pages(folio);
-			} else if (!j) {
-				folio_get(page_folio(page));
+		for (j = 0; j < e->inpages; ++j, --room, ++page, ++w->nr_in) {
+			if (room) {
+				z_erofs_dio_hold_page(w->in, w->nr_in, page);
+				continue;
 			}
-			in[j] = page++;
+			folio = z_erofs_dio_alloc_folio(nr - w->nr_in,
+							e->inpages - j,
+							GFP_KERNEL);
+			if (!folio)
+				return -ENOMEM;
+			page = folio_page(folio, 0);
+			room = folio_nr_pages(folio);
+			w->in[w->nr_in] = page;
 		}
 	}
 	return 0;
-nomem:
-	while (i--)
-		w->ext[i].inpages = 0;
-	return -ENOMEM;
 }
 
 static void z_erofs_dio_free_in(struct z_erofs_dio_window *w)
 {
-	unsigned int i;
-
-	for (i = 0; i < w->nr_ext; ++i)
-		z_erofs_dio_put_pages(w->in + w->ext[i].in, w->ext[i].inpages);
+	z_erofs_dio_put_pages(w->in, w->nr_in);
+	kvfree(w->in);
+	w->in = NULL;
+	w->nr_in = 0;
 	w->nr_ext = 0;
 }
 
 /* Submit reads of all compressed data */
 static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 {
-	unsigned int i;
+	unsigned int i = w->nr_ext;
+	struct z_erofs_dio_extent *e;
 	int err;
 
 	err = z_erofs_dio_alloc_in(w);
+	while (!err && i--) {
+		e = &w->ext[i];
+		if (e->plain) {
+			z_erofs_dio_read_plain(w, e);
+		} else if (e->flags & EROFS_MAP_META) {
+			/* it may have to be read: not with a bio at hand */
+			z_erofs_dio_submit(w);
+			err = z_erofs_dio_read_meta(w, e);
+		} else if (e->inpages && !e->ahead) {
+			z_erofs_dio_read(w, e);
+		}
+	}
 	if (err)
 		return err;
-
-	/* metadata may have to be read: not with a bio at hand */
-	for (i = 0; i < w->nr_ext; ++i) {
-		if (!(w->ext[i].flags & EROFS_MAP_META))
-			continue;
-		err = z_erofs_dio_read_meta(w, &w->ext[i]);
-		if (err)
-			return err;
-	}
-
-	for (i = w->nr_ext; i--;) {
-		if (w->ext[i].plain)
-			z_erofs_dio_read_plain(w, &w->ext[i]);
-		else if ((w->ext[i].flags & (EROFS_MAP_MAPPED | EROFS_MAP_META)) ==
-			 EROFS_MAP_MAPPED && !w->ext[i].ahead)
-			z_erofs_dio_read(w, &w->ext[i]);
-	}
 	z_erofs_dio_submit(w);
 	if (w->keep && w->req->ahead && w->nr_ext && w->ext->inpages &&
 	    !(w->ext->flags & EROFS_MAP_META) &&
@@ -1149,8 +1222,9 @@ static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 }
 
 /*
- * Whether to go on now, which may be without what is kept, or to wait in order
- * of positions.  Nobody is overtaken more than 8 times.
+ * True if @w can go on, with w->keep or, if its owner must not be waited for,
+ * without.  False if it waits for its turn: it may be gone already.  Nobody is
+ * overtaken more than 8 times.
  */
 static bool z_erofs_dio_take_turn(struct z_erofs_dio_window *w)
 {
@@ -1189,11 +1263,9 @@ static void z_erofs_dio_used_keep(struct z_erofs_dio_keep *k,
 			z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
 	}
 	nr = k->nr_pages + k->ahead.nr;
-	if (nr != k->nr) {
-		spin_lock(&z_erofs_dio_kept_lock);
-		z_erofs_dio_account(k, nr);
-		spin_unlock(&z_erofs_dio_kept_lock);
-	}
+	if (nr != k->nr)
+		scoped_guard(spinlock, &z_erofs_dio_kept_lock)
+			z_erofs_dio_account(k, nr);
 }
 
 static void z_erofs_dio_end_turn(struct z_erofs_dio_window *w)
@@ -1203,24 +1275,24 @@ static void z_erofs_dio_end_turn(struct z_erofs_dio_window *w)
 
 	z_erofs_dio_used_keep(k, w->inode, w->req->end);
 	w->keep = NULL;
-	spin_lock(&k->lock);
+	guard(spinlock)(&k->lock);
 	next = list_first_entry_or_null(&k->waiting, struct z_erofs_dio_window,
 					link);
 	if (next) {
 		list_del(&next->link);
+		if (z_erofs_dio_get_slot(next))
+			z_erofs_dio_queue_work(next);
 	} else {
 		k->turns = false;
 		clear_bit_unlock(0, &k->busy);
 	}
-	spin_unlock(&k->lock);
-	if (next)
-		z_erofs_dio_queue_work(next);
 }
 
 /*
- * Stage as many of the last extents before w->rest as are allowed.  Unless it
- * returns true, since nothing has to be read, the window of an asynchronous
- * request belongs to the worker from now on.
+ * Stage as many of the last extents before w->rest as are allowed.  True if the
+ * caller can go on with z_erofs_dio_unstage(): it failed, or nothing has to be
+ * read.  Otherwise the last bio completes w->done, or queues the work of an
+ * asynchronous request: then @w may be gone already.
  */
 static bool z_erofs_dio_stage(struct z_erofs_dio_window *w)
 {
@@ -1278,13 +1350,6 @@ static bool z_erofs_dio_is_direct(const struct z_erofs_dio_layout *lo,
 	return i >= lo->direct && i < lo->edirect;
 }
 
-/* LZ4 only looks back so far, thus these pages are used over and over */
-static bool z_erofs_dio_is_recycled(struct page **out, unsigned int i)
-{
-	return i >= Z_EROFS_DIO_LZ4_PAGES &&
-	       out[i] == out[i - Z_EROFS_DIO_LZ4_PAGES];
-}
-
 /* Copy what is wanted from the kernel pages and let go of them */
 static void z_erofs_dio_put_out(struct z_erofs_dio_window *w,
 				struct z_erofs_dio_extent *e,
@@ -1297,8 +1362,10 @@ static void z_erofs_dio_put_out(struct z_erofs_dio_window *w,
 	unsigned int i;
 
 	for (i = 0; i < lo->nr; ++i, pos += PAGE_SIZE) {
+		/* neither those in use once more, see z_erofs_dio_get_out() */
 		if (!out[i] || z_erofs_dio_is_direct(lo, i) ||
-		    z_erofs_dio_is_recycled(out, i))
+		    (i >= Z_EROFS_DIO_LZ4_PAGES &&
+		     out[i] == out[i - Z_EROFS_DIO_LZ4_PAGES]))
 			continue;
 		cur = max(pos, from);
 		end = min3(pos + (loff_t)PAGE_SIZE, (loff_t)e->la + e->len,
@@ -1313,7 +1380,7 @@ static void z_erofs_dio_put_out(struct z_erofs_dio_window *w,
 		kvfree(out);
 }
 
-/* The first page of an extent that has a byte which is wanted */
+/* How many pages of an extent are in front of the first byte that is wanted */
 static unsigned int z_erofs_dio_gap(struct z_erofs_dio_window *w,
 				    struct z_erofs_dio_extent *e,
 				    const struct z_erofs_dio_layout *lo)
@@ -1326,7 +1393,8 @@ static unsigned int z_erofs_dio_gap(struct z_erofs_dio_window *w,
 /*
  * Get the page list for an extent which can't do with destination pages alone.
  * Plain data and MicroLZMA skip pages without any wanted byte, the others need
- * something to write to, and LZ4 to find matches in.
+ * something to write to, and LZ4 to find matches in; as it only looks back so
+ * far, few pages do for all that is in front of the wanted bytes.
  */
 static struct page **z_erofs_dio_get_out(struct z_erofs_dio_window *w,
 					 struct z_erofs_dio_extent *e,
@@ -1346,19 +1414,15 @@ static struct page **z_erofs_dio_get_out(struct z_erofs_dio_window *w,
 	    e->alg == Z_EROFS_COMPRESSION_LZMA)
 		i = gap;
 	for (; i < lo->nr; ++i) {
-		if (z_erofs_dio_is_direct(lo, i)) {
+		if (z_erofs_dio_is_direct(lo, i))
 			out[i] = w->dest.pages[lo->page + i - lo->direct];
-			continue;
-		}
-		if (i >= lo->kept) {
+		else if (i >= lo->kept)
 			out[i] = w->keep->pages[i - lo->kept];
-			continue;
-		}
-		if (i >= Z_EROFS_DIO_LZ4_PAGES && i < gap) {
+		else if (i >= Z_EROFS_DIO_LZ4_PAGES && i < gap &&
+			 !cpu_dcache_is_aliasing())
 			out[i] = out[i - Z_EROFS_DIO_LZ4_PAGES];
-			continue;
-		}
-		out[i] = __erofs_allocpage(pool, GFP_KERNEL, true);
+		else
+			out[i] = __erofs_allocpage(pool, GFP_KERNEL, true);
 		if (!out[i]) {
 			z_erofs_dio_put_out(w, e, lo, out, false, pool);
 			return NULL;
@@ -1371,6 +1435,7 @@ static struct page **z_erofs_dio_get_out(struct z_erofs_dio_window *w,
 static void z_erofs_dio_dont_keep(struct z_erofs_dio_window *w,
 				  struct z_erofs_dio_extent *e)
 {
+	w->keep->end = 0;
 	e->keep = false;
 	e->partial = true;
 	e->len = w->end - e->la;
@@ -1381,17 +1446,15 @@ static void z_erofs_dio_lay_keep(struct z_erofs_dio_window *w,
 				 struct z_erofs_dio_extent *e,
 				 struct z_erofs_dio_layout *lo)
 {
+	struct z_erofs_dio_keep *k = w->keep;
+
 	z_erofs_dio_lay_aside(e->la, e->len, lo);
 	lo->kept = z_erofs_dio_gap(w, e, lo);
-	if (!z_erofs_dio_make_room(w->keep, lo->nr - lo->kept))
+	if (!z_erofs_dio_make_room(k, lo->nr - lo->kept)) {
 		z_erofs_dio_dont_keep(w, e);
-}
-
-/* The kept pages of an extent are as they should be */
-static void z_erofs_dio_kept_now(struct z_erofs_dio_keep *k,
-				 const struct z_erofs_dio_extent *e,
-				 const struct z_erofs_dio_layout *lo)
-{
+		return;
+	}
+	/* this is the end of a request: nobody looks there until it is done */
 	k->pos = max_t(loff_t, e->la, (loff_t)e->la - lo->pageofs +
 				      ((loff_t)lo->kept << PAGE_SHIFT));
 	k->end = e->la + e->len;
@@ -1404,8 +1467,8 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 				      DEFAULT_RATELIMIT_BURST);
 	const struct z_erofs_decompressor *alg = z_erofs_decomp[e->alg];
 	struct super_block *sb = w->inode->i_sb;
-	unsigned int pageofs_in = erofs_blkoff(sb, e->pa), mask = 0;
 	struct z_erofs_dio_layout lo;
+	unsigned int mask = 0;
 	void *dst = NULL;
 	const char *reason;
 	struct page **out;
@@ -1427,7 +1490,7 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 		out = w->dest.pages + lo.page;
 	if (!out)
 		return -ENOMEM;
-	if (!lo.kept && !cpu_dcache_is_aliasing())
+	if (!lo.kept)
 		dst = w->keep->addr;
 	else if (!aside && w->dest.addr)
 		dst = w->dest.addr + ((size_t)lo.page << PAGE_SHIFT);
@@ -1439,7 +1502,7 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 				.dst = dst,
 				.inpages = e->inpages,
 				.outpages = lo.nr,
-				.pageofs_in = pageofs_in,
+				.pageofs_in = erofs_blkoff(sb, e->pa),
 				.pageofs_out = lo.pageofs,
 				.inputsize = e->plen,
 				.outputsize = e->len,
@@ -1456,8 +1519,6 @@ static int z_erofs_dio_decode(struct z_erofs_dio_window *w,
 				  IS_ERR(reason) ? "error" : reason, e->pa,
 				  e->plen, e->len, EROFS_I(w->inode)->nid);
 	}
-	if (!err && e->keep)
-		z_erofs_dio_kept_now(w->keep, e, &lo);
 	if (aside)
 		z_erofs_dio_put_out(w, e, &lo, out, !err, pool);
 	return err;
@@ -1524,7 +1585,7 @@ static void z_erofs_dio_map_dest(struct z_erofs_dio_window *w)
 	struct z_erofs_dio_dest *d = &w->dest;
 
 	/* caches must not see the same page at two addresses at a time */
-	if (d->addr || !w->nr_ext || w->ext->alg != Z_EROFS_COMPRESSION_LZ4 ||
+	if (d->addr || w->ext->alg != Z_EROFS_COMPRESSION_LZ4 ||
 	    cpu_dcache_is_aliasing())
 		return;
 	if (d->nr_runs == 1 && !PageHighMem(d->pages[d->nr_pages - 1]))
@@ -1545,11 +1606,11 @@ static void z_erofs_dio_fill_all(struct z_erofs_dio_window *w)
 {
 	unsigned int here = raw_smp_processor_id(), nr = 0, max, cpu;
 
-	if (w->err)
+	if (w->err || !w->nr_ext)
 		return;
 	z_erofs_dio_map_dest(w);
-	max = min3((u32)(w->end - w->pos) / Z_EROFS_DIO_HELP,
-		   w->nr_ext ? w->nr_ext - 1 : 0, Z_EROFS_DIO_MAX_HELPERS);
+	max = min3((u32)(w->end - w->pos) / Z_EROFS_DIO_HELP, w->nr_ext - 1,
+		   Z_EROFS_DIO_MAX_HELPERS);
 	atomic_set(&w->todo, w->nr_ext);
 	atomic_set(&w->busy, 1);
 	init_completion(&w->helped);
@@ -1585,6 +1646,7 @@ static int z_erofs_dio_fill_cached(struct z_erofs_dio_window *w)
 	struct bio *bio;
 	ssize_t ret;
 
+	/* the flags of the file (O_DIRECT) aren't wanted */
 	init_sync_kiocb(&iocb, w->req->file);
 	iocb.ki_flags = w->end - w->pos >= Z_EROFS_DIO_DONTCACHE ?
 			IOCB_DONTCACHE : 0;
@@ -1625,45 +1687,28 @@ static void z_erofs_dio_put_req(struct z_erofs_dio_req *rq)
 static void z_erofs_dio_free_window(struct z_erofs_dio_window *w)
 {
 	erofs_release_pages(&w->pagepool);
-	kvfree(w->in);
 	if (is_vmalloc_addr(w->dest.addr))
 		vm_unmap_ram(w->dest.addr, w->dest.nr_pages);
 	kvfree(w->dest.pages);
-	kfree(w->dest.segs);
+	kvfree(w->dest.segs);
+	z_erofs_dio_put_req(w->req);
 	kvfree(w);
-}
-
-/* A window of an asynchronous request is done: it's the turn of another one */
-static void z_erofs_dio_next(struct z_erofs_dio_req *rq)
-{
-	struct z_erofs_dio_window *w;
-
-	spin_lock(&rq->lock);
-	w = list_first_entry_or_null(&rq->windows, struct z_erofs_dio_window,
-				     link);
-	if (w)
-		list_del(&w->link);
-	else
-		--rq->nr_staged;
-	spin_unlock(&rq->lock);
-	if (w)
-		z_erofs_dio_queue_work(w);
 }
 
 /* All has been filled, or something failed */
 static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 {
-	struct z_erofs_dio_req *rq = w->req;
 	struct bio_list bios = w->bios;
 	blk_status_t status = BLK_STS_OK;
 	struct bio *bio;
 	unsigned int i;
 	int err = w->err;
 
-	if (err == -ENOMEM || err == -ENOTBLK) {
+	if (err == -ENOMEM || err == -ENOTBLK || err == -EINVAL) {
 		trace_erofs_dio_read(w->inode, w->pos, w->end - w->pos,
 				     err == -ENOMEM ? Z_EROFS_DIO_NOMEM :
-						      Z_EROFS_DIO_PRIVATE);
+				     err == -ENOTBLK ? Z_EROFS_DIO_PRIVATE :
+						       Z_EROFS_DIO_MISALIGNED);
 		err = z_erofs_dio_fill_cached(w);
 	}
 	/* as if it were buffered: no other error is expected by callers */
@@ -1671,21 +1716,18 @@ static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 		status = err == -ENOMEM ? BLK_STS_RESOURCE : BLK_STS_IOERR;
 	for (i = 0; i < w->dest.nr_pages; ++i)
 		flush_dcache_page(w->dest.pages[i]);
-	if (rq->async && w->keep)
+	if (w->req->async && w->keep)
 		z_erofs_dio_end_turn(w);
-	else if (rq->async && !rq->keep)
-		z_erofs_dio_next(rq);
+	if (w->req->async)
+		z_erofs_dio_put_slot(w);
 	/*
 	 * As late as possible: the work of a new window at this address would
 	 * be taken for the one that is running, and wait for it.
 	 */
 	z_erofs_dio_free_window(w);
-	z_erofs_dio_put_req(rq);
 
-	while ((bio = bio_list_pop(&bios))) {
-		bio->bi_status = status;
-		bio_endio(bio);
-	}
+	while ((bio = bio_list_pop(&bios)))
+		bio_endio_status(bio, status);
 }
 
 static void z_erofs_dio_work(struct work_struct *work)
@@ -1694,74 +1736,65 @@ static void z_erofs_dio_work(struct work_struct *work)
 		container_of(work, struct z_erofs_dio_window, work);
 	/* reclaim may wait for the submitter, who can be a block device */
 	unsigned int noio = memalloc_noio_save();
-	bool more;
 
-	/* of those whose turn has come, nothing has been staged so far */
-	do
-		more = z_erofs_dio_unstage(w);
-	while (more && z_erofs_dio_stage(w));
-	if (!more)
-		z_erofs_dio_end(w);
+	/* if its turn has just come, nothing is staged: that's done first then */
+	while (z_erofs_dio_unstage(w)) {
+		/* the last bio will queue this work again, or has done so */
+		if (!z_erofs_dio_stage(w))
+			goto out;
+	}
+	z_erofs_dio_end(w);
+out:
 	memalloc_noio_restore(noio);
 }
 
-/* End windows of a synchronous request until no more than @nr are staged */
-static void z_erofs_dio_drain(struct z_erofs_dio_req *rq, unsigned int nr)
+/* End the staged window of a synchronous request; @next takes its place */
+static void z_erofs_dio_end_staged(struct z_erofs_dio_req *rq,
+				   struct z_erofs_dio_window *next)
 {
-	struct z_erofs_dio_window *w;
+	struct z_erofs_dio_window *w = rq->staged;
 
-	while (rq->nr_staged > nr) {
-		w = list_first_entry(&rq->windows, struct z_erofs_dio_window,
-				     link);
-		list_del(&w->link);
-		--rq->nr_staged;
-		for (;;) {
-			wait_for_completion_io(&w->done);
-			if (!z_erofs_dio_unstage(w))
-				break;
-			reinit_completion(&w->done);
-			z_erofs_dio_stage(w);
-		}
-		z_erofs_dio_end(w);
-		cond_resched();
+	rq->staged = next;
+	if (!w)
+		return;
+	for (;;) {
+		wait_for_completion_io(&w->done);
+		if (!z_erofs_dio_unstage(w))
+			break;
+		reinit_completion(&w->done);
+		z_erofs_dio_stage(w);
 	}
+	z_erofs_dio_end(w);
+	cond_resched();
 }
 
 /* While a window is decoded here, the device is to read for the next one */
 static void z_erofs_dio_queue_sync(struct z_erofs_dio_window *w)
 {
-	struct z_erofs_dio_req *rq = w->req;
-
 	init_completion(&w->done);
-	list_add_tail(&w->link, &rq->windows);
-	++rq->nr_staged;
 	z_erofs_dio_stage(w);
-	/* .. so don't leave it in the plug of iomap */
+	/*
+	 * .. so don't leave it in a plug.  Whoever has started that, iomap or a
+	 * caller, may finish it again; modules can't use blk_flush_plug().
+	 */
 	if (current->plug)
 		blk_finish_plug(current->plug);
-	z_erofs_dio_drain(rq, Z_EROFS_DIO_STAGED - 1);
+	z_erofs_dio_end_staged(w->req, w);
 }
 
 static void z_erofs_dio_queue_async(struct z_erofs_dio_window *w)
 {
-	struct z_erofs_dio_req *rq = w->req;
-	bool stage;
+	unsigned int noio;
 
 	INIT_WORK(&w->work, z_erofs_dio_work);
-	if (rq->keep) {
-		stage = z_erofs_dio_take_turn(w);
-	} else {
-		spin_lock(&rq->lock);
-		stage = rq->nr_staged < Z_EROFS_DIO_STAGED;
-		if (stage)
-			++rq->nr_staged;
-		else
-			list_add_tail(&w->link, &rq->windows);
-		spin_unlock(&rq->lock);
-	}
-	/* a worker stages if others wait for it: a submitter may be in reclaim */
-	if (stage && (w->keep || z_erofs_dio_stage(w)))
+	if ((w->keep && !z_erofs_dio_take_turn(w)) || !z_erofs_dio_get_slot(w))
+		return;
+	/* others may wait until it is done, and reclaim for them */
+	noio = memalloc_noio_save();
+	/* whose turn it is leaves all to a worker: there is more to be submitted */
+	if (w->keep || z_erofs_dio_stage(w))
 		z_erofs_dio_queue_work(w);
+	memalloc_noio_restore(noio);
 }
 
 static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
@@ -1775,12 +1808,13 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 	};
 	struct block_device *bdev = erofs_dio_bdev(inode);
 	/* those of the device below an image can be larger */
-	unsigned int bs = max(i_blocksize(inode), bdev_logical_block_size(bdev));
+	unsigned int bs = max(i_blocksize(inode), z_erofs_dio_unit(bdev));
 	struct z_erofs_dio_window *w;
 	unsigned int nr;
 	loff_t end;
 	int err;
 
+	/* iomap ends the request here; read_iter() goes on, or gives up */
 	if (fatal_signal_pending(current))
 		return -ENOTBLK;
 
@@ -1805,6 +1839,7 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 		return -ENOTBLK;
 	w->max_ext = nr;
 	w->req = iter->private;
+	refcount_inc(&w->req->ref);
 	w->keep = w->req->keep;
 	w->inode = inode;
 	w->pos = pos;
@@ -1836,12 +1871,9 @@ static int z_erofs_dio_iomap_end(struct inode *inode, loff_t pos,
 {
 	struct z_erofs_dio_window *w = iomap->private;
 
-	if (bio_list_empty(&w->bios)) {
+	if (bio_list_empty(&w->bios))
 		z_erofs_dio_free_window(w);
-		return 0;
-	}
-	refcount_inc(&w->req->ref);
-	if (w->req->async)
+	else if (w->req->async)
 		z_erofs_dio_queue_async(w);
 	else
 		z_erofs_dio_queue_sync(w);
@@ -1858,7 +1890,7 @@ static int z_erofs_dio_iomap_next(const struct iomap_iter *iter,
 			      z_erofs_dio_iomap_end);
 	/* iomap is going to wait for bios: nobody else would end them */
 	if (ret <= 0 && !rq->async)
-		z_erofs_dio_drain(rq, 0);
+		z_erofs_dio_end_staged(rq, NULL);
 	return ret;
 }
 
@@ -1880,31 +1912,43 @@ static const struct iomap_dio_ops z_erofs_dio_ops = {
  * files of other superblocks.  With one workqueue for all of them, workers could
  * take the places of those they wait for.  Few superblocks ever need one.
  */
-static bool z_erofs_dio_has_workers(struct super_block *sb)
+static bool z_erofs_dio_get_workers(struct super_block *sb)
 {
-	struct workqueue_struct **p = &EROFS_SB(sb)->dio_workqueue, *wq;
+	struct z_erofs_dio_workers **p = &EROFS_SB(sb)->dio_workers, *new;
 
 	if (READ_ONCE(*p))
 		return true;
-	wq = alloc_workqueue("erofs_dio/%s", WQ_UNBOUND | WQ_HIGHPRI, 0,
-			     sb->s_id);
-	if (!wq)
+	new = kmalloc_obj(*new);
+	if (!new)
 		return false;
-	if (cmpxchg(p, NULL, wq))
-		destroy_workqueue(wq);
-	return true;
+	*new = (struct z_erofs_dio_workers) {
+		.wq = alloc_workqueue("erofs_dio/%s", WQ_UNBOUND | WQ_HIGHPRI,
+				      num_possible_cpus(), sb->s_id),
+		.waiting = LIST_HEAD_INIT(new->waiting),
+	};
+	spin_lock_init(&new->lock);
+	if (new->wq && !cmpxchg(p, NULL, new))
+		return true;
+	if (new->wq)
+		destroy_workqueue(new->wq);
+	kfree(new);
+	return READ_ONCE(*p);
 }
 
 /**
- * z_erofs_dio_exit_super - let go of the workers of a superblock, if it has any
- * @sbi: what is left of a superblock without any inode
+ * z_erofs_dio_exit_super - end what direct reads do behind their callers
+ * @sbi: of a superblock without any file that is open
  *
- * Context: Process context, waits for workers which return.
+ * Context: Process context, waits for workers which return, and for what is
+ * being read ahead.
  */
 void z_erofs_dio_exit_super(struct erofs_sb_info *sbi)
 {
-	if (sbi->dio_workqueue)
-		destroy_workqueue(sbi->dio_workqueue);
+	if (sbi->dio_workers) {
+		destroy_workqueue(sbi->dio_workers->wq);
+		kfree(sbi->dio_workers);
+	}
+	wait_var_event(&sbi->dio_ahead, !atomic_read(&sbi->dio_ahead));
 }
 
 /**
@@ -1996,7 +2040,7 @@ static enum z_erofs_dio_path z_erofs_dio_path(struct kiocb *iocb,
 
 	if (!bdev)
 		return Z_EROFS_DIO_NO_BDEV;
-	mask = bdev_logical_block_size(bdev) - 1;
+	mask = z_erofs_dio_unit(bdev) - 1;
 	if ((iocb->ki_pos | iov_iter_count(to)) & mask)
 		return Z_EROFS_DIO_MISALIGNED;
 	if (iov_iter_alignment(to) & bdev_dma_alignment(bdev))
@@ -2015,7 +2059,8 @@ static struct z_erofs_dio_keep *z_erofs_dio_get_keep(struct kiocb *iocb,
 	struct z_erofs_dio_keep *k, *old;
 	loff_t came;
 
-	if (erofs_cache_file(file) != file ||
+	/* what is kept is decoded and copied at different addresses */
+	if (cpu_dcache_is_aliasing() || erofs_cache_file(file) != file ||
 	    (async && count > Z_EROFS_DIO_TURN))
 		return NULL;
 	k = READ_ONCE(file->private_data);
@@ -2023,6 +2068,8 @@ static struct z_erofs_dio_keep *z_erofs_dio_get_keep(struct kiocb *iocb,
 		k = kzalloc_obj(*k, GFP_KERNEL_ACCOUNT);
 		if (!k)
 			return NULL;
+		refcount_set(&k->ref, 1);
+		k->sbi = EROFS_I_SB(file_inode(file));
 		spin_lock_init(&k->lock);
 		INIT_LIST_HEAD(&k->waiting);
 		INIT_LIST_HEAD(&k->lru);
@@ -2056,13 +2103,10 @@ int z_erofs_dio_release(struct inode *inode, struct file *file)
 
 	if (!k)
 		return 0;
-	spin_lock(&z_erofs_dio_kept_lock);
-	z_erofs_dio_account(k, 0);
-	spin_unlock(&z_erofs_dio_kept_lock);
+	scoped_guard(spinlock, &z_erofs_dio_kept_lock)
+		z_erofs_dio_account(k, 0);
 	vfree(k->addr);
-	wait_for_completion_io(&k->ahead.done);
-	z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
-	kfree(k);
+	z_erofs_dio_unref_keep(k);
 	return 0;
 }
 
@@ -2073,28 +2117,20 @@ static ssize_t z_erofs_dio_read_kept(struct kiocb *iocb, struct iov_iter *to,
 	loff_t pos = iocb->ki_pos;
 	loff_t end = min_t(loff_t, pos + iov_iter_count(to),
 			   i_size_read(file_inode(iocb->ki_filp)));
-	ssize_t ret = 0;
-	size_t n, len;
+	ssize_t n;
 
 	if (pos < k->pos || end > k->end)
 		return 0;
-	for (; pos < end; pos += n) {
-		len = min_t(loff_t, end - pos, PAGE_SIZE - offset_in_page(pos));
-		n = copy_page_to_iter(z_erofs_dio_kept_page(k, pos),
-				      offset_in_page(pos), len, to);
-		iocb->ki_pos += n;
-		ret += n;
-		if (n < len)
-			return ret ?: -EFAULT;
-	}
-	return ret;
+	n = copy_to_iter(z_erofs_dio_kept_addr(k, pos), end - pos, to);
+	iocb->ki_pos += n;
+	return n ?: -EFAULT;
 }
 
 static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 				  bool async, struct z_erofs_dio_keep *k)
 {
 	struct inode *inode = file_inode(iocb->ki_filp);
-	size_t count = iov_iter_count(to);
+	size_t cut = iov_iter_count(to);
 	struct z_erofs_dio_req *rq;
 	unsigned int bs;
 	loff_t end;
@@ -2108,9 +2144,9 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 	/* an empty part in front is skipped, or its address could be refused */
 	iov_iter_advance(to, 0);
 	/* don't pin memory that nothing can be read into */
-	bs = bdev_logical_block_size(erofs_dio_bdev(inode));
+	bs = z_erofs_dio_unit(erofs_dio_bdev(inode));
 	iov_iter_truncate(to, round_up(i_size_read(inode), bs) - iocb->ki_pos);
-	count -= iov_iter_count(to);
+	cut -= iov_iter_count(to);
 	end = min_t(loff_t, i_size_read(inode),
 		    iocb->ki_pos + iov_iter_count(to));
 	/* a reader who doesn't go on there isn't going to need any of it */
@@ -2128,7 +2164,6 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 		.ref = REFCOUNT_INIT(1),
 		.windows = LIST_HEAD_INIT(rq->windows),
 	};
-	spin_lock_init(&rq->lock);
 	if (rq->sequential && iocb->ki_pos &&
 	    !erofs_is_fileio_mode(EROFS_I_SB(inode)) &&
 	    i_blocksize(inode) == PAGE_SIZE)
@@ -2139,7 +2174,7 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 	z_erofs_dio_put_req(rq);
 	/* if it has been queued, @to may be gone as well as @iocb */
 	if (ret != -EIOCBQUEUED)
-		iov_iter_reexpand(to, iov_iter_count(to) + count);
+		iov_iter_reexpand(to, iov_iter_count(to) + cut);
 	return ret;
 }
 
@@ -2154,9 +2189,9 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
  * trace_erofs_dio_read() tells about each of them.
  *
  * Asynchronous requests are completed by a worker; small ones which follow each
- * other take turns, or each would decode its extents anew.  Index blocks that
- * aren't cached are read before the others are queued, what the page cache serves
- * as well, and images in files unless these are read directly.
+ * other take turns, or each would decode its extents anew.  Nevertheless, the
+ * caller waits for index blocks that aren't cached, for what is served from the
+ * page cache, and for images in files that aren't read directly.
  *
  * Context: Process context, may sleep; no locks are held.
  * Return: Number of bytes read, 0 at EOF, or a negative error code: -EIOCBQUEUED
@@ -2168,7 +2203,7 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 {
 	struct inode *inode = file_inode(iocb->ki_filp);
-	loff_t size = i_size_read(inode);
+	loff_t size = min(i_size_read(inode), inode->i_sb->s_maxbytes);
 	enum z_erofs_dio_path path;
 	struct z_erofs_dio_keep *k;
 	struct kiocb cached;
@@ -2184,7 +2219,7 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 		async = !is_sync_kiocb(iocb) &&
 			min_t(loff_t, iov_iter_count(to), size - iocb->ki_pos) <=
 			Z_EROFS_DIO_MAX_ASYNC &&
-			z_erofs_dio_has_workers(inode->i_sb);
+			z_erofs_dio_get_workers(inode->i_sb);
 		k = z_erofs_dio_get_keep(iocb, iov_iter_count(to), async);
 		if (k && !async)
 			ret = z_erofs_dio_read_kept(iocb, to, k);

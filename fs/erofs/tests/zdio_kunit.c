@@ -84,12 +84,14 @@ static void zdio_dest(struct kunit *test, struct z_erofs_dio_dest *d,
 
 	*d = (struct z_erofs_dio_dest) {
 		.pages = kunit_kcalloc(test, 16, sizeof(*d->pages), GFP_KERNEL),
+		.segs = kunit_kcalloc(test, 16, sizeof(*d->segs), GFP_KERNEL),
 	};
 	KUNIT_ASSERT_NOT_NULL(test, d->pages);
+	KUNIT_ASSERT_NOT_NULL(test, d->segs);
 	for (; n--; pos += piece++->len) {
 		bvec_set_page(&bv, p->page[piece->page], piece->len,
 			      piece->ofs);
-		KUNIT_ASSERT_EQ(test, 0, z_erofs_dio_add(d, &bv, pos));
+		z_erofs_dio_add(d, &bv, pos);
 	}
 }
 
@@ -118,20 +120,17 @@ static void zdio_add_test(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, 1, d.nr_segs);
 	KUNIT_EXPECT_EQ(test, 3, d.nr_pages);
 	zdio_expect_seg(test, &d, 0, 8192, 2 * P + 512, 0);
-	kfree(d.segs);
 
 	/* it may start and end anywhere in a page */
 	ZDIO_DEST(test, &d, 0, {0, P - 4, 4}, {1, 0, P}, {2, 0, 4});
 	KUNIT_EXPECT_EQ(test, 1, d.nr_segs);
 	zdio_expect_seg(test, &d, 0, 0, P + 8, P - 4);
-	kfree(d.segs);
 
 	/* pieces which go on in the same page */
 	ZDIO_DEST(test, &d, 0, {0, 4, 8}, {0, 12, P - 12}, {1, 0, 4});
 	KUNIT_EXPECT_EQ(test, 1, d.nr_segs);
 	KUNIT_EXPECT_EQ(test, 2, d.nr_pages);
 	zdio_expect_seg(test, &d, 0, 0, P, 4);
-	kfree(d.segs);
 
 	/* a seam: the page ends early, or the next piece starts late */
 	ZDIO_DEST(test, &d, 512, {0, 0, P - 4}, {1, 0, P}, {2, 4, 8});
@@ -139,20 +138,17 @@ static void zdio_add_test(struct kunit *test)
 	zdio_expect_seg(test, &d, 0, 512, P - 4, 0);
 	zdio_expect_seg(test, &d, 1, 512 + P - 4, P, P);
 	zdio_expect_seg(test, &d, 2, 512 + 2 * P - 4, 8, 2 * P + 4);
-	kfree(d.segs);
 
 	/* the offset goes on, but not in the same page */
 	ZDIO_DEST(test, &d, 0, {0, 0, 8}, {1, 8, 8});
 	KUNIT_EXPECT_EQ(test, 2, d.nr_segs);
 	zdio_expect_seg(test, &d, 1, 8, 8, P + 8);
-	kfree(d.segs);
 
 	/* the same page twice takes two places */
 	ZDIO_DEST(test, &d, 0, {0, 0, P}, {0, 0, P});
 	KUNIT_EXPECT_EQ(test, 1, d.nr_segs);
 	KUNIT_EXPECT_EQ(test, 2, d.nr_pages);
 	KUNIT_EXPECT_PTR_EQ(test, d.pages[0], d.pages[1]);
-	kfree(d.segs);
 }
 
 /* What iomap makes of a large folio, and kernel callers of several */
@@ -168,10 +164,10 @@ static void zdio_add_large_test(struct kunit *test)
 
 	/* the second piece goes on in the last page of the first one */
 	bvec_set_page(&bv, page, 2 * P, 512);
-	KUNIT_EXPECT_EQ(test, 0, z_erofs_dio_add(&d, &bv, 8192));
+	z_erofs_dio_add(&d, &bv, 8192);
 	KUNIT_EXPECT_EQ(test, 3, d.nr_pages);
 	bvec_set_page(&bv, page + 2, 2 * P - 512, 512);
-	KUNIT_EXPECT_EQ(test, 0, z_erofs_dio_add(&d, &bv, 8192 + 2 * P));
+	z_erofs_dio_add(&d, &bv, 8192 + 2 * P);
 	KUNIT_EXPECT_EQ(test, 4, d.nr_pages);
 	for (i = 0; i < 4; ++i)
 		KUNIT_EXPECT_PTR_EQ(test, page + i, d.pages[i]);
@@ -181,10 +177,9 @@ static void zdio_add_large_test(struct kunit *test)
 
 	/* the same segment, but elsewhere in memory */
 	bvec_set_page(&bv, page + 1, P, 0);
-	KUNIT_EXPECT_EQ(test, 0, z_erofs_dio_add(&d, &bv, 8192 + 4 * P - 512));
+	z_erofs_dio_add(&d, &bv, 8192 + 4 * P - 512);
 	KUNIT_EXPECT_EQ(test, 1, d.nr_segs);
 	KUNIT_EXPECT_EQ(test, 2, d.nr_runs);
-	kfree(d.segs);
 	__free_pages(page, 2);
 }
 
@@ -194,14 +189,16 @@ static void zdio_references_test(struct kunit *test)
 	struct zdio_pages *p = test->priv;
 	struct page *pages[] = { p->page[0], large, large + 1, large + 2,
 				 p->page[1] };
+	int i;
 
 	KUNIT_ASSERT_NOT_NULL(test, large);
 	/* one of each folio, wherever in it the pages begin */
-	z_erofs_dio_get_pages(pages, 5);
+	for (i = 0; i < 5; ++i)
+		z_erofs_dio_hold_page(pages, i, pages[i]);
 	KUNIT_EXPECT_EQ(test, 2, page_count(p->page[0]));
 	KUNIT_EXPECT_EQ(test, 2, page_count(large));
 	KUNIT_EXPECT_EQ(test, 2, page_count(p->page[1]));
-	z_erofs_dio_get_pages(pages + 3, 1);
+	z_erofs_dio_hold_page(pages + 3, 0, pages[3]);
 	KUNIT_EXPECT_EQ(test, 3, page_count(large));
 	z_erofs_dio_put_pages(pages + 3, 1);
 	z_erofs_dio_put_pages(pages, 5);
@@ -220,12 +217,11 @@ static void zdio_drop_ahead_test(struct kunit *test)
 	KUNIT_ASSERT_NOT_NULL(test, large);
 	a = kunit_kzalloc(test, sizeof(*a), GFP_KERNEL);
 	KUNIT_ASSERT_NOT_NULL(test, a);
-	a->pages[0] = p->page[0];
-	a->pages[1] = large;
-	a->pages[2] = large + 1;
+	z_erofs_dio_hold_page(a->pages, 0, p->page[0]);
+	z_erofs_dio_hold_page(a->pages, 1, large);
+	z_erofs_dio_hold_page(a->pages, 2, large + 1);
 	a->nr = 3;
 	a->pa = 8 * P;
-	z_erofs_dio_get_pages(a->pages, 3);
 
 	/* a folio is held until its last page isn't needed any more */
 	z_erofs_dio_drop_ahead(a, 2);
@@ -253,7 +249,6 @@ static void zdio_seg_test(struct kunit *test)
 	KUNIT_EXPECT_PTR_EQ(test, d.segs + 2, z_erofs_dio_seg(&d, 1036));
 	KUNIT_EXPECT_PTR_EQ(test, d.segs + 3, z_erofs_dio_seg(&d, 1037));
 	KUNIT_EXPECT_PTR_EQ(test, d.segs + 3, z_erofs_dio_seg(&d, 1040));
-	kfree(d.segs);
 }
 
 static void zdio_expect_layout(struct kunit *test, struct z_erofs_dio_dest *d,
@@ -302,7 +297,6 @@ static void zdio_lay_out_aligned_test(struct kunit *test)
 	/* the last page may be used in part: nothing follows the extent */
 	zdio_expect_layout(test, &d, pos - 1, 2, pos, 0,
 			   LAYOUT(P - 1, 2, 1, 2, 0));
-	kfree(d.segs);
 }
 
 /* One segment which starts 512 bytes into a page */
@@ -335,7 +329,6 @@ static void zdio_lay_out_offset_test(struct kunit *test)
 			   LAYOUT(0, 2, 0, 0, 0));
 	zdio_expect_layout(test, &d, pos + 1, 2 * P - 1, pos + 1, P - 1,
 			   LAYOUT(1, 2, 0, 0, 0));
-	kfree(d.segs);
 }
 
 /* Segments of P + 512, P and 512 bytes which meet in the middle of pages */
@@ -362,7 +355,6 @@ static void zdio_lay_out_seam_test(struct kunit *test)
 			   LAYOUT(1024, 2, 0, 1, 2));
 	zdio_expect_layout(test, &d, seam2, 512, seam2, 0,
 			   LAYOUT(0, 1, 0, 1, 4));
-	kfree(d.segs);
 }
 
 static void zdio_copy_test(struct kunit *test)
@@ -395,7 +387,6 @@ static void zdio_copy_test(struct kunit *test)
 	KUNIT_EXPECT_NULL(test, memchr_inv(c + 8, 0, 8));
 	KUNIT_EXPECT_EQ(test, 0xa5, c[16]);
 	KUNIT_EXPECT_EQ(test, 0x11, b[3]);
-	kfree(d.segs);
 }
 
 static struct kunit_case zdio_cases[] = {

@@ -3,6 +3,7 @@
 // Asynchronous is shown by order, never by time: the device is suspended under the filesystem.
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <fstream>
@@ -16,6 +17,7 @@
 #include <sys/ioctl.h>
 #include <sys/sendfile.h>
 #include <sys/syscall.h>
+#include <sys/sysinfo.h>
 #include <sys/wait.h>
 
 #include "async.hpp"
@@ -1021,6 +1023,57 @@ public:
 		return {};
 	}
 
+	// Who closes a file does not wait for what is read ahead of it, but who unmounts does.
+	Result close_during_read_ahead()
+	{
+		if (!kept_pages())
+			return "the kernel does not tell what its shrinkers count";
+		if (!fs::exists("/dev/loop-control"))
+			return "the kernel has no loop device";
+		constexpr size_t kStep = 16 * kPage;
+		const Volume volume(device_.node(), options_);
+		// device mapper does not hold but fail what is read ahead, unless it cannot know
+		const Loop loop(volume.mount.where() / kNested.back());
+		const Directory inside("/tmp/inside");
+		Mount mount(loop.node(), inside.path());
+		auto target =
+			open_target(mount.where(), kFile, slurp(fs::path(options_.truth) / kFile));
+		warm(target);
+		const auto device = device_of(target);
+		const Mapping memory(kStep);
+		// where all of the file is compressed
+		constexpr size_t kStart = 4 * kMiB;
+		size_t at = kStart, kept = 0;
+		const auto read = [&] {
+			kept = kept_pages().value();
+			expect(target.path, at, "bytes", kStep,
+			       ::pread(target.fd, memory.bytes().data(), kStep,
+				       static_cast<off_t>(at)));
+			at += kStep;
+		};
+		// it is being read ahead then, which ends before the device is suspended
+		while (at < kStart + kMiB / 2)
+			read();
+		Suspended held(device_);
+		const auto before = bytes_read(device);
+		// more is read when half of it has been used
+		do
+			read();
+		while (kept_pages().value() < kept + 40);
+		target.fd.close();
+		std::atomic<bool> unmounted = false;
+		std::jthread end([&] { unmounted = mount.unmount(); });
+		std::this_thread::sleep_for(std::chrono::milliseconds(200));
+		const bool early = unmounted;
+		held.resume();
+		end.join();
+		if (early || !unmounted || bytes_read(device) == before)
+			throw Error(
+				mount.where().string(), 0, "to be unmounted after the last read",
+				bytes_read(device) == before ? "no such read" : "unmounted before");
+		return {};
+	}
+
 	// What could not be read ahead is read when it is needed.
 	Result read_ahead_fails()
 	{
@@ -1180,6 +1233,36 @@ public:
 					    std::to_string(bytes) + " bytes of " + device,
 					    std::to_string(counted));
 		});
+	}
+
+	// However many requests there are, few of them hold compressed data.
+	Result staging_is_bounded()
+	{
+		if (auto reason = missing(Way::aio))
+			return reason;
+		constexpr size_t kRequests = 256, kRequest = 16 * kPage, kMost = 3 * kMiB;
+		const auto free_bytes = [] {
+			struct sysinfo info;
+			::sysinfo(&info);
+			return static_cast<long>(info.freeram * info.mem_unit);
+		};
+		Volume volume(device_.node(), options_);
+		warm(volume.big);
+		std::vector<Piece> pieces;
+		for (size_t i = 0; i < kRequests; ++i)
+			pieces.push_back({i * kRequest, kRequest});
+		Reads reads(volume.big, pieces, Way::aio);
+		Suspended held(device_);
+		const auto before = free_bytes();
+		reads.submit();
+		const auto used = before - free_bytes();
+		held.resume();
+		reads.finish();
+		if (used > static_cast<long>(kMost))
+			throw Error(volume.big.path.string(), 0,
+				    "at most " + std::to_string(kMost) + " bytes for them",
+				    std::to_string(used));
+		return {};
 	}
 
 	Result many_requests()
@@ -1690,11 +1773,13 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"late_requests", [&] { return tester.late_requests(); }},
 		{"fault_needs_another_read", [&] { return tester.fault_needs_another_read(); }},
 		{"read_ahead_fails", [&] { return tester.read_ahead_fails(); }},
+		{"close_during_read_ahead", [&] { return tester.close_during_read_ahead(); }},
 		{"bounded_pins", [&] { return tester.bounded_pins(); }},
 		{"other_cpus_help", [&] { return tester.other_cpus_help(); }},
 		{"workers_need_no_io", [&] { return tester.workers_need_no_io(); }},
 		{"cgroup_of_submitter", [&] { return tester.cgroup_of_submitter(); }},
 		{"many_requests", [&] { return tester.many_requests(); }},
+		{"staging_is_bounded", [&] { return tester.staging_is_bounded(); }},
 		{"unmount_after", [&] { return tester.unmount_after(); }},
 		// last, since whoever hangs there keeps what he uses
 		{"turns_of_a_failing_device", [&] { return tester.turns_of_a_failing_device(); }},
