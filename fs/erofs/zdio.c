@@ -240,13 +240,6 @@ struct z_erofs_dio_window {
 	struct z_erofs_dio_extent ext[] __counted_by(max_ext);
 };
 
-/* What offsets and lengths have to be multiples of */
-static unsigned int z_erofs_dio_unit(struct block_device *bdev)
-{
-	return max_t(unsigned int, bdev_logical_block_size(bdev),
-		     bdev_dma_alignment(bdev) + 1);
-}
-
 /*
  * Extents end at any byte, windows have to end at a block boundary.  Cut the
  * window just behind the start of the extent [@la, @lend) which covers its
@@ -672,7 +665,7 @@ z_erofs_dio_plain_dev(struct z_erofs_dio_window *w,
 		return NULL;
 
 	(void)erofs_map_dev(sb, &mdev);
-	mask = z_erofs_dio_unit(mdev.m_bdev) - 1;
+	mask = erofs_dio_unit(mdev.m_bdev) - 1;
 	mdev.m_pa += mdev.m_dif->fsoff + (from - map->m_la);
 	if ((from | w->rest | w->pos | mdev.m_pa) & mask ||
 	    bdev_logical_block_size(mdev.m_bdev) >
@@ -1808,7 +1801,7 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 	};
 	struct block_device *bdev = erofs_dio_bdev(inode);
 	/* those of the device below an image can be larger */
-	unsigned int bs = max(i_blocksize(inode), z_erofs_dio_unit(bdev));
+	unsigned int bs = max(i_blocksize(inode), erofs_dio_unit(bdev));
 	struct z_erofs_dio_window *w;
 	unsigned int nr;
 	loff_t end;
@@ -2040,7 +2033,7 @@ static enum z_erofs_dio_path z_erofs_dio_path(struct kiocb *iocb,
 
 	if (!bdev)
 		return Z_EROFS_DIO_NO_BDEV;
-	mask = z_erofs_dio_unit(bdev) - 1;
+	mask = erofs_dio_unit(bdev) - 1;
 	if ((iocb->ki_pos | iov_iter_count(to)) & mask)
 		return Z_EROFS_DIO_MISALIGNED;
 	if (iov_iter_alignment(to) & bdev_dma_alignment(bdev))
@@ -2144,7 +2137,7 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
 	/* an empty part in front is skipped, or its address could be refused */
 	iov_iter_advance(to, 0);
 	/* don't pin memory that nothing can be read into */
-	bs = z_erofs_dio_unit(erofs_dio_bdev(inode));
+	bs = erofs_dio_unit(erofs_dio_bdev(inode));
 	iov_iter_truncate(to, round_up(i_size_read(inode), bs) - iocb->ki_pos);
 	cut -= iov_iter_count(to);
 	end = min_t(loff_t, i_size_read(inode),
@@ -2212,6 +2205,7 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 
 	if (iocb->ki_pos >= size)
 		return 0;
+	iov_iter_truncate(to, inode->i_sb->s_maxbytes - iocb->ki_pos);
 
 	path = z_erofs_dio_path(iocb, to);
 	trace_erofs_dio_read(inode, iocb->ki_pos, iov_iter_count(to), path);

@@ -1334,7 +1334,7 @@ public:
 
 private:
 	static constexpr size_t kMany = 128;
-	static constexpr size_t kMoreThanWorkers = 1500; // WQ_DFL_ACTIVE is 1024
+	static constexpr size_t kMoreThanWorkers = 1500; // WQ_DFL_ACTIVE, 1024, would be many
 
 	// With none of them, nothing has been tested.
 	static Result each(const std::vector<Way> &ways, const std::function<void(Way)> &body)
