@@ -1256,9 +1256,11 @@ static void z_erofs_dio_used_keep(struct z_erofs_dio_keep *k,
 			z_erofs_dio_drop_ahead(&k->ahead, k->ahead.nr);
 	}
 	nr = k->nr_pages + k->ahead.nr;
-	if (nr != k->nr)
-		scoped_guard(spinlock, &z_erofs_dio_kept_lock)
-			z_erofs_dio_account(k, nr);
+	if (nr != k->nr) {
+		spin_lock(&z_erofs_dio_kept_lock);
+		z_erofs_dio_account(k, nr);
+		spin_unlock(&z_erofs_dio_kept_lock);
+	}
 }
 
 static void z_erofs_dio_end_turn(struct z_erofs_dio_window *w)
