@@ -246,14 +246,18 @@ def workplace(source: Origin, variant: str) -> Iterator[tuple[Path, Path, Path]]
         yield pristine, top / "tree", top / f"build-{variant}"
 
 
-def erofs(tree: Path, build: Path, base: str, *more: str) -> list[str]:
-    """All warnings of fs/erofs, on a tree that may have only a part of the series."""
+def erofs(tree: Path, build: Path, base: str, *more: str, without: str = "") -> list[str]:
+    """All warnings of fs/erofs, on a tree that may have only a part of the series, and without
+    the options of that pattern."""
     dio = (CONFIG / "dio.config").read_text()
     kconfig = (tree / "fs/erofs/Kconfig").read_text()
     symbols = [name for name in re.findall(r"^CONFIG_(\w+)=y$", dio, re.M)
                if re.search(rf"^config {name}$", kconfig, re.M)]
     texts = [path.read_text() for path in fragments("uml", base, [])]
-    configure(ARCHES["uml"], tree, build, texts + [f"CONFIG_{name}=y" for name in symbols])
+    texts += [f"CONFIG_{name}=y" for name in symbols]
+    if without:
+        texts = [re.sub(rf"^CONFIG_(?:{without})=y$", "", text, flags=re.M) for text in texts]
+    configure(ARCHES["uml"], tree, build, texts)
     shutil.rmtree(build / "fs/erofs", ignore_errors=True)  # only what is compiled can warn
     log = build / "erofs.log"
     make(ARCHES["uml"], tree, build, "W=1", *more, "fs/erofs/", what="build of fs/erofs", total=60,
