@@ -223,7 +223,8 @@ def emit() -> None:
             scratch.commit(content, f"{commit.subject}\n\n{commit.body}",
                            [*(f"Cc: {who}" for who in commit.cc), signed])
         with step("building fs/erofs without compression"), kernel.whole(build):
-            kernel.erofs(tree, build, source.base, without=r"EROFS_FS_(?:ZIP|KUNIT)\w*")
+            kernel.compare(before, kernel.erofs(tree, build, source.base,
+                                                without=r"EROFS_FS_(?:ZIP|KUNIT)\w*"))
         mails = _mails(scratch, out, version, commits, cover)
         for commit, mail in zip(commits, mails, strict=True):
             # every mail with a new file gets this warning, whichever of them changes MAINTAINERS

@@ -97,7 +97,7 @@ struct z_erofs_dio_keep {
 	unsigned long busy;
 	spinlock_t lock;		/* of the two below */
 	bool turns;			/* the owner is such a window */
-	struct list_head waiting;	/* .. and these are next, see there */
+	struct list_head waiting;	/* .. and these are next */
 	loff_t came;			/* where their last request to come ends */
 	/* changed by the owner, and under z_erofs_dio_kept_lock */
 	struct list_head lru;

@@ -1240,7 +1240,9 @@ public:
 	{
 		if (auto reason = missing(Way::aio))
 			return reason;
-		constexpr size_t kRequests = 256, kRequest = 16 * kPage, kMost = 3 * kMiB;
+		constexpr size_t kRequests = 256, kRequest = 16 * kPage;
+		// so many may for each CPU
+		const auto most = 3 * kMiB * std::max(1L, ::sysconf(_SC_NPROCESSORS_ONLN) / 2);
 		const auto free_bytes = [] {
 			struct sysinfo info;
 			::sysinfo(&info);
@@ -1258,9 +1260,9 @@ public:
 		const auto used = before - free_bytes();
 		held.resume();
 		reads.finish();
-		if (used > static_cast<long>(kMost))
+		if (used > static_cast<long>(most))
 			throw Error(volume.big.path.string(), 0,
-				    "at most " + std::to_string(kMost) + " bytes for them",
+				    "at most " + std::to_string(most) + " bytes for them",
 				    std::to_string(used));
 		return {};
 	}
@@ -1334,7 +1336,7 @@ public:
 
 private:
 	static constexpr size_t kMany = 128;
-	static constexpr size_t kMoreThanWorkers = 1500; // WQ_DFL_ACTIVE, 1024, would be many
+	static constexpr size_t kMoreThanWorkers = 1500; // a workqueue has 1024 at most
 
 	// With none of them, nothing has been tested.
 	static Result each(const std::vector<Way> &ways, const std::function<void(Way)> &body)
