@@ -34,11 +34,11 @@ IMAGES = {"lz4-4k": ("lz4hc,9", 4, "lz4 -Xhc"), "lz4-16k": ("lz4hc,9", 16, "lz4 
           "lzma-64k": ("lzma", 64, "xz")}
 QUICK = ("lz4-4k", "lz4-16k", "lz4-64k")
 # each thread has a file of its own, which sequential passes read to its end: what is read ahead for
-# nobody is no part of any speed; with little memory it is the largest one, several times what the
-# guest has (8 threads need 100M)
+# nobody is no part of any speed; with little memory all of them, or the largest one, are several
+# times what the guest has (8 threads need 100M)
 PART, THREADS, LARGE = 16 * MIB, 8, 320 * MIB
-# .. and smaller where decoding takes several times as long
-FILE, SLOW_FILE = 32 * MIB, 8 * MIB
+# .. and smaller ones where there are many of them, or decoding takes several times as long
+FILE, SMALL_FILE = 32 * MIB, 8 * MIB
 # KiB that buffered reads are ahead: what Linux has for flash; the disks of the vehicles say that
 # they rotate, which get 8 MiB: that is a column of its own
 READ_AHEAD, FAR_AHEAD = 128, 8192
@@ -102,12 +102,9 @@ def counted_data() -> Data:
     return slices("counted", {"data": (0, PART)})
 
 
-def file_size(algorithm: str) -> int:
-    return FILE if algorithm == "lz4" else SLOW_FILE
-
-
-def timed_data(size: int) -> Data:
-    parts = {f"data{i}": (i * 20 * MIB, size) for i in range(THREADS)}
+def timed_data() -> Data:
+    parts = {f"{name}{i}": (i * 20 * MIB, size) for i in range(THREADS)
+             for name, size in (("data", FILE), ("small", SMALL_FILE))}
     return slices("timed", {**parts, "large": (0, LARGE)}, PART)
 
 
@@ -289,13 +286,22 @@ def timed_cells(image: Image, on: str, memory: str, full: bool) -> Iterator[dict
         yield parameters(image, on, MIB, content=name)
 
 
+def work_of(cell: dict[str, Any]) -> tuple[list[str], int]:
+    """The files that are read, and bytes of each thread: small random ones take their time each."""
+    if cell["data"] != "mixed":
+        return [cell["data"]], PART
+    if cell["memory"] == "low" and cell["threads"] == 1:
+        return ["large"], LARGE
+    small = cell["memory"] == "ample" and (cell["threads"] > 1 or cell["algorithm"] != "lz4")
+    size = SMALL_FILE if small else FILE
+    if cell["pattern"] == "random":
+        return ["large"], max(cell["request"], min(size // 2, 256 * cell["request"]))
+    return [f"{'small' if small else 'data'}{i}" for i in range(cell["threads"])], size
+
+
 def timed_columns(image: Image, cell: dict[str, Any], device: str,
                   lists: dict[str, tuple[Path, str]]) -> list[dict[str, Any]]:
-    files = [f"data{i}" for i in range(cell["threads"])]
-    if cell["pattern"] == "random" or cell["memory"] == "low" and cell["threads"] == 1:
-        files = ["large"]
-    if cell["data"] != "mixed":
-        files = [cell["data"]]
+    files, _ = work_of(cell)
     names = ["buffered", "far", "dropbehind", "direct"]
     # User Mode Linux has no huge pages, and a guest with little memory soon has none left
     if cell["vehicle"] != "uml" and cell["memory"] == "ample":
@@ -312,16 +318,6 @@ def timed_columns(image: Image, cell: dict[str, Any], device: str,
     return columns
 
 
-def work_of(cell: dict[str, Any]) -> int:
-    """Bytes of each thread: small random requests take their time each."""
-    size = file_size(cell["algorithm"])
-    if cell["pattern"] == "random":
-        return max(cell["request"], min(size // 2, 256 * cell["request"]))
-    if cell["data"] != "mixed":
-        return PART
-    return LARGE if cell["memory"] == "low" and cell["threads"] == 1 else size
-
-
 def times_of(cell: dict[str, Any]) -> int:
     """Mounts of a pass: the slowest hundredth of 256 requests would be two of them."""
     small = cell["pattern"] == "random" and cell["request"] <= SIZES["16K"]
@@ -330,7 +326,7 @@ def times_of(cell: dict[str, Any]) -> int:
 
 def measure(on: str, name: str, rounds: int, full: bool, rows: Rows) -> None:
     built = kernel(f"{on}-bench")
-    data = timed_data(file_size(name.partition("-")[0]))
+    data = timed_data()
     [image] = images_of(data, [name])
     for noise, _, _ in NOISE:
         extents = output([str(programs.oracle()), "--image", str(image.path), "--extents", noise])
@@ -340,7 +336,7 @@ def measure(on: str, name: str, rounds: int, full: bool, rows: Rows) -> None:
     device = "/dev/ubd" if on == "uml" else "/dev/vd"
     for memory, size in MEMORY[on].items():
         lists: dict[str, tuple[Path, str]] = {}
-        cells = [{"parameters": cell, "bytes": work_of(cell),
+        cells = [{"parameters": cell, "bytes": work_of(cell)[1],
                   "times": times_of(cell), "columns": timed_columns(image, cell, device, lists)}
                  for cell in timed_cells(image, on, memory, full)]
         with step(f"{on}, {memory} memory, {name}: {len(cells)} cells"):
