@@ -170,7 +170,7 @@ struct z_erofs_dio_extent {
 	bool ahead : 1;			/* has been read ahead */
 };
 
-/* A request; gone before the last bio of it is completed */
+/* What the windows of a request have in common */
 struct z_erofs_dio_req {
 	struct file *file;		/* to read what can't be done directly */
 	struct z_erofs_dio_keep *keep;	/* what its windows may use in turn */
