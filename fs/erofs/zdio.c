@@ -213,6 +213,7 @@ struct z_erofs_dio_window {
 	loff_t pos, end;		/* end is exclusive and never behind EOF */
 	loff_t start;			/* in front of here it has been copied */
 	loff_t rest;			/* from here on it has been staged */
+	bool lz4;			/* .. and some of it is LZ4 */
 	int err;
 	struct bio_list bios;		/* the destination, in file order */
 	struct z_erofs_dio_dest dest;
@@ -770,6 +771,7 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 		} else {
 			e->inpages = PFN_UP(erofs_blkoff(sb, e->pa) + e->plen);
 			w->nr_in += e->inpages;
+			w->lz4 |= e->alg == Z_EROFS_COMPRESSION_LZ4;
 		}
 		e->len = w->rest - e->la;
 		w->rest = from;
@@ -942,8 +944,6 @@ static void z_erofs_dio_read_plain(struct z_erofs_dio_window *w,
 				 (end - from) >> SECTOR_SHIFT);
 			bio->bi_iter.bi_sector =
 				(mdev.m_pa + (from - e->la)) >> SECTOR_SHIFT;
-			/* even if somebody polls for @dest */
-			bio_clear_polled(bio);
 			bio->bi_private = w;
 			bio->bi_end_io = z_erofs_dio_endio;
 			atomic_inc(&w->pending);
@@ -1580,8 +1580,7 @@ static void z_erofs_dio_map_dest(struct z_erofs_dio_window *w)
 	struct z_erofs_dio_dest *d = &w->dest;
 
 	/* caches must not see the same page at two addresses at a time */
-	if (d->addr || w->ext->alg != Z_EROFS_COMPRESSION_LZ4 ||
-	    cpu_dcache_is_aliasing())
+	if (d->addr || !w->lz4 || cpu_dcache_is_aliasing())
 		return;
 	if (d->nr_runs == 1 && !PageHighMem(d->pages[d->nr_pages - 1]))
 		/* neighbours may have been allocated with other tags */
@@ -1647,15 +1646,17 @@ static int z_erofs_dio_fill_cached(struct z_erofs_dio_window *w)
 			IOCB_DONTCACHE : 0;
 	iocb.ki_pos = w->pos;
 	bio_list_for_each(bio, &w->bios) {
-		bio_for_each_segment(bv, bio, bi) {
-			iov_iter_bvec(&to, ITER_DEST, &bv, 1, bv.bv_len);
-			while (iov_iter_count(&to) && iocb.ki_pos < w->end) {
-				ret = filemap_read(&iocb, &to, 0);
-				if (ret <= 0)
-					return ret ?: -EIO;
-			}
-			flush_dcache_page(bv.bv_page);
+		/* not page by page: each call drops the folios it has read */
+		iov_iter_bvec(&to, ITER_DEST, bio->bi_io_vec, bio->bi_vcnt,
+			      bio->bi_iter.bi_size);
+		to.iov_offset = bio->bi_iter.bi_offset;
+		while (iov_iter_count(&to) && iocb.ki_pos < w->end) {
+			ret = filemap_read(&iocb, &to, 0);
+			if (ret <= 0)
+				return ret ?: -EIO;
 		}
+		bio_for_each_segment(bv, bio, bi)
+			flush_dcache_page(bv.bv_page);
 	}
 	return 0;
 }
@@ -1669,6 +1670,11 @@ static bool z_erofs_dio_unstage(struct z_erofs_dio_window *w)
 	z_erofs_dio_free_in(w);
 	if (w->err || w->rest <= w->start)
 		return false;
+	/* the worst of images have a million stages in a window */
+	if (fatal_signal_pending(current)) {
+		w->err = -EINTR;
+		return false;
+	}
 	erofs_release_pages(&w->pagepool);
 	return true;
 }
@@ -1709,6 +1715,9 @@ static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 	/* as if it were buffered: no other error is expected by callers */
 	if (err)
 		status = err == -ENOMEM ? BLK_STS_RESOURCE : BLK_STS_IOERR;
+	/* nobody is going to see this one, nor is it one of the filesystem */
+	if (err == -EINTR)
+		status = BLK_STS_AGAIN;
 	for (i = 0; i < w->dest.nr_pages; ++i)
 		flush_dcache_page(w->dest.pages[i]);
 	if (w->req->async && w->keep)
@@ -1884,7 +1893,7 @@ static int z_erofs_dio_iomap_next(const struct iomap_iter *iter,
 	ret = iomap_iter_next(iter, iomap, srcmap, z_erofs_dio_iomap_begin,
 			      z_erofs_dio_iomap_end);
 	/* iomap is going to wait for bios: nobody else would end them */
-	if (ret <= 0 && !rq->async)
+	if (ret <= 0)
 		z_erofs_dio_end_staged(rq, NULL);
 	return ret;
 }

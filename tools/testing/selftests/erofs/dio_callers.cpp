@@ -419,6 +419,13 @@ private:
 	fs::path path_;
 };
 
+// False if somebody else has the device for himself, as a mounted file system has.
+bool claim(const std::string &node)
+{
+	const int fd = ::open(node.c_str(), O_RDONLY | O_EXCL | O_CLOEXEC);
+	return fd >= 0 && ::close(fd) == 0;
+}
+
 std::string device_of(const Target &target)
 {
 	struct stat info;
@@ -582,6 +589,45 @@ public:
 				lose_reader(way, killed);
 		});
 		pins.check();
+		return {};
+	}
+
+	// Data that hardly gets smaller is read in several stages: not in those that are left.
+	Result killed_between_stages()
+	{
+		constexpr size_t kSize = 4 * kMiB, kSlack = 5 * kMiB / 4;
+		const PinBalance pins;
+		Volume volume(device_.node(), options_);
+		const auto target =
+			open_target(volume.mount.where(), kNested.back(),
+				    slurp(fs::path(options_.truth) / kNested.back()));
+		const Mapping memory(kSize);
+		const auto read = [&] {
+			expect(target.path, kMiB, "bytes", kSize,
+			       ::pread(target.fd, memory.bytes().data(), kSize, kMiB));
+			return 0;
+		};
+		const auto device = device_of(target);
+		const auto first = bytes_read(device);
+		read();
+		const auto before = bytes_read(device), whole = before - first;
+		if (whole < kSize / 5 * 4)
+			return "the file gets smaller";
+		Suspended held(device_);
+		Child child(read);
+		// of the second window, which is staged whatever happens
+		eventually("two windows which are pinned",
+			   [&] { return static_cast<size_t>(pins.more()) * kPage > kSlack; });
+		child.kill();
+		held.resume();
+		child.status();
+		pins.check();
+		const auto bytes = bytes_read(device) - before;
+		if (!bytes || bytes > kSlack)
+			throw Error(target.path.string(), kMiB,
+				    "up to " + std::to_string(kSlack) + " bytes read for a task "
+								       "that is killed",
+				    std::to_string(bytes));
 		return {};
 	}
 
@@ -1065,12 +1111,16 @@ public:
 		std::jthread end([&] { unmounted = mount.unmount(); });
 		std::this_thread::sleep_for(std::chrono::milliseconds(200));
 		const bool early = unmounted;
+		// nobody else gets the device while it reads
+		const bool free = claim(loop.node());
 		held.resume();
 		end.join();
-		if (early || !unmounted || bytes_read(device) == before)
-			throw Error(
-				mount.where().string(), 0, "to be unmounted after the last read",
-				bytes_read(device) == before ? "no such read" : "unmounted before");
+		if (early || free || !unmounted || bytes_read(device) == before)
+			throw Error(mount.where().string(), 0,
+				    "to be unmounted after the last read",
+				    bytes_read(device) == before ? "no such read"
+				    : free		       ? "a device given up before"
+							       : "unmounted before");
 		return {};
 	}
 
@@ -1749,6 +1799,7 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"fixed_buffers_are_asynchronous", [&] { return tester.asynchronous(Way::fixed); }},
 		{"nowait", [&] { return tester.nowait(); }},
 		{"killed_reader", [&] { return tester.killed_reader(); }},
+		{"killed_between_stages", [&] { return tester.killed_between_stages(); }},
 		{"fork_during_read", [&] { return tester.fork_during_read(); }},
 		{"munmap_during_read", [&] { return tester.munmap_during_read(); }},
 		{"racing_writer_async", [&] { return tester.racing_writer_async(); }},
