@@ -99,6 +99,47 @@ void read_queued(const Target &target, std::string_view how, int fd, size_t step
 	}
 }
 
+// A page that comes to the page cache again has been dropped before it was used, and decoded twice.
+class CachedOnce
+{
+public:
+	explicit CachedOnce(const Target &target)
+	    : path_(target.path), added_(kEvent, "i_ino == " + std::to_string(inode(target)))
+	{
+	}
+	void check() const
+	{
+		std::set<size_t> seen;
+		for (const auto &line : EventTrace::lines(" mm_filemap_add_to_page_cache: "))
+			for (size_t first = number(line, " ofs=") / kPage, i = 0;
+			     i < size_t{1} << number(line, " order="); ++i)
+				if (!seen.insert(first + i).second)
+					throw Error(path_.string(),
+						    static_cast<off_t>((first + i) * kPage),
+						    "to be cached once", "twice");
+	}
+
+private:
+	static ino_t inode(const Target &target)
+	{
+		struct stat info;
+		if (::fstat(target.fd, &info))
+			throw Error(target.path.string(), 0, "fstat", errno_text(errno));
+		return info.st_ino;
+	}
+	static size_t number(const std::string &line, std::string_view name)
+	{
+		const auto at = line.find(name);
+		if (at == line.npos)
+			throw Error(kEvent, 0, "a number" + std::string(name), line);
+		return std::stoul(line.substr(at + name.size()));
+	}
+
+	static constexpr std::string_view kEvent = "filemap/mm_filemap_add_to_page_cache";
+	fs::path path_;
+	EventTrace added_;
+};
+
 class Tester
 {
 public:
@@ -443,6 +484,7 @@ public:
 		const auto length = std::min(kLength - 2 * kPage, target->aligned_size());
 		const auto want = target->expect(0, length);
 		const PathTrace trace;
+		const CachedOnce cached(*target);
 		PathTrace::forget();
 		++reads_;
 		expect_value(
@@ -450,6 +492,7 @@ public:
 			static_cast<size_t>(::pread(target->fd, bytes.data() + kPage, length, 0)));
 		if (!PathTrace::taken().contains("private"))
 			throw Error(target->path.string(), 0, "private", "no such event");
+		cached.check();
 		expect_truth(*target, 0, bytes.data() + kPage, want.size());
 		const auto end = kPage + want.size();
 		expect_pattern(path, bytes, 0, kPage);
