@@ -598,9 +598,8 @@ public:
 		constexpr size_t kSize = 4 * kMiB, kSlack = 5 * kMiB / 4;
 		const PinBalance pins;
 		Volume volume(device_.node(), options_);
-		const auto target =
-			open_target(volume.mount.where(), kNested.back(),
-				    slurp(fs::path(options_.truth) / kNested.back()));
+		const auto target = open_target(volume.mount.where(), kNested.back(),
+						slurp(fs::path(options_.truth) / kNested.back()));
 		const Mapping memory(kSize);
 		const auto read = [&] {
 			expect(target.path, kMiB, "bytes", kSize,
@@ -625,8 +624,9 @@ public:
 		const auto bytes = bytes_read(device) - before;
 		if (!bytes || bytes > kSlack)
 			throw Error(target.path.string(), kMiB,
-				    "up to " + std::to_string(kSlack) + " bytes read for a task "
-								       "that is killed",
+				    "up to " + std::to_string(kSlack) +
+					    " bytes read for a task "
+					    "that is killed",
 				    std::to_string(bytes));
 		return {};
 	}
@@ -1112,15 +1112,15 @@ public:
 		std::this_thread::sleep_for(std::chrono::milliseconds(200));
 		const bool early = unmounted;
 		// nobody else gets the device while it reads
-		const bool free = claim(loop.node());
+		const bool given_up = claim(loop.node());
 		held.resume();
 		end.join();
-		if (early || free || !unmounted || bytes_read(device) == before)
+		if (early || given_up || !unmounted || bytes_read(device) == before)
 			throw Error(mount.where().string(), 0,
 				    "to be unmounted after the last read",
 				    bytes_read(device) == before ? "no such read"
-				    : free		       ? "a device given up before"
-							       : "unmounted before");
+				    : given_up			 ? "a device given up before"
+								 : "unmounted before");
 		return {};
 	}
 
