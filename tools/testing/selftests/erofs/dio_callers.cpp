@@ -624,9 +624,7 @@ public:
 		const auto bytes = bytes_read(device) - before;
 		if (!bytes || bytes > kSlack)
 			throw Error(target.path.string(), kMiB,
-				    "up to " + std::to_string(kSlack) +
-					    " bytes read for a task "
-					    "that is killed",
+				    std::to_string(kSlack) + " bytes at most for a killed task",
 				    std::to_string(bytes));
 		return {};
 	}
