@@ -1214,6 +1214,39 @@ static int z_erofs_dio_read_in(struct z_erofs_dio_window *w)
 	return 0;
 }
 
+static void z_erofs_dio_put_req(struct z_erofs_dio_req *rq)
+{
+	if (refcount_dec_and_test(&rq->ref))
+		kfree(rq);
+}
+
+static void z_erofs_dio_free_window(struct z_erofs_dio_window *w)
+{
+	erofs_release_pages(&w->pagepool);
+	if (is_vmalloc_addr(w->dest.addr))
+		vm_unmap_ram(w->dest.addr, w->dest.nr_pages);
+	kvfree(w->dest.pages);
+	kvfree(w->dest.segs);
+	z_erofs_dio_put_req(w->req);
+	kvfree(w);
+}
+
+static void z_erofs_dio_end_bios(struct z_erofs_dio_window *w,
+				 blk_status_t status)
+{
+	struct bio_list bios = w->bios;
+	struct bio *bio;
+
+	/*
+	 * As late as possible: the work of a new window at this address would
+	 * be taken for the one that is running, and wait for it.
+	 */
+	z_erofs_dio_free_window(w);
+
+	while ((bio = bio_list_pop(&bios)))
+		bio_endio_status(bio, status);
+}
+
 /*
  * True if @w can go on, with w->keep or, if its owner must not be waited for,
  * without.  False if it waits for its turn: it may be gone already.  Nobody is
@@ -1263,6 +1296,32 @@ static void z_erofs_dio_used_keep(struct z_erofs_dio_keep *k,
 	}
 }
 
+/* Serve a window in line, if it needs nothing but what is kept */
+static bool z_erofs_dio_serve_kept(struct z_erofs_dio_window *w,
+				   struct z_erofs_dio_keep *k)
+{
+	loff_t pos = w->pos;
+	struct bvec_iter bi;
+	struct bio_vec bv;
+	struct bio *bio;
+	unsigned int n;
+
+	if (pos < k->pos || w->end > k->end)
+		return false;
+	bio_list_for_each(bio, &w->bios) {
+		bio_for_each_segment(bv, bio, bi) {
+			n = min_t(loff_t, bv.bv_len, w->end - pos);
+			memcpy_to_page(bv.bv_page, bv.bv_offset,
+				       z_erofs_dio_kept_addr(k, pos), n);
+			pos += n;
+		}
+	}
+	z_erofs_dio_used_keep(k, w->inode, w->req->end);
+	z_erofs_dio_end_bios(w, BLK_STS_OK);
+	return true;
+}
+
+/* Those in line who only need a copy get it here: without a slot, or a worker */
 static void z_erofs_dio_end_turn(struct z_erofs_dio_window *w)
 {
 	struct z_erofs_dio_keep *k = w->keep;
@@ -1270,17 +1329,20 @@ static void z_erofs_dio_end_turn(struct z_erofs_dio_window *w)
 
 	z_erofs_dio_used_keep(k, w->inode, w->req->end);
 	w->keep = NULL;
-	guard(spinlock)(&k->lock);
-	next = list_first_entry_or_null(&k->waiting, struct z_erofs_dio_window,
-					link);
-	if (next) {
-		list_del(&next->link);
-		if (z_erofs_dio_get_slot(next))
-			z_erofs_dio_queue_work(next);
-	} else {
-		k->turns = false;
-		clear_bit_unlock(0, &k->busy);
-	}
+	do {
+		spin_lock(&k->lock);
+		next = list_first_entry_or_null(&k->waiting,
+						struct z_erofs_dio_window, link);
+		if (next) {
+			list_del(&next->link);
+		} else {
+			k->turns = false;
+			clear_bit_unlock(0, &k->busy);
+		}
+		spin_unlock(&k->lock);
+	} while (next && z_erofs_dio_serve_kept(next, k));
+	if (next && z_erofs_dio_get_slot(next))
+		z_erofs_dio_queue_work(next);
 }
 
 /*
@@ -1679,29 +1741,10 @@ static bool z_erofs_dio_unstage(struct z_erofs_dio_window *w)
 	return true;
 }
 
-static void z_erofs_dio_put_req(struct z_erofs_dio_req *rq)
-{
-	if (refcount_dec_and_test(&rq->ref))
-		kfree(rq);
-}
-
-static void z_erofs_dio_free_window(struct z_erofs_dio_window *w)
-{
-	erofs_release_pages(&w->pagepool);
-	if (is_vmalloc_addr(w->dest.addr))
-		vm_unmap_ram(w->dest.addr, w->dest.nr_pages);
-	kvfree(w->dest.pages);
-	kvfree(w->dest.segs);
-	z_erofs_dio_put_req(w->req);
-	kvfree(w);
-}
-
 /* All has been filled, or something failed */
 static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 {
-	struct bio_list bios = w->bios;
 	blk_status_t status = BLK_STS_OK;
-	struct bio *bio;
 	unsigned int i;
 	int err = w->err;
 
@@ -1724,14 +1767,7 @@ static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 		z_erofs_dio_end_turn(w);
 	if (w->req->async)
 		z_erofs_dio_put_slot(w);
-	/*
-	 * As late as possible: the work of a new window at this address would
-	 * be taken for the one that is running, and wait for it.
-	 */
-	z_erofs_dio_free_window(w);
-
-	while ((bio = bio_list_pop(&bios)))
-		bio_endio_status(bio, status);
+	z_erofs_dio_end_bios(w, status);
 }
 
 static void z_erofs_dio_work(struct work_struct *work)
@@ -2114,20 +2150,29 @@ int z_erofs_dio_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
-/* Serve a request that only needs what is kept */
+/*
+ * Serve a request that only needs what is kept.  It may fault, so windows that
+ * come meanwhile do without rather than wait.
+ */
 static ssize_t z_erofs_dio_read_kept(struct kiocb *iocb, struct iov_iter *to,
-				     struct z_erofs_dio_keep *k)
+				     bool async, struct z_erofs_dio_keep *k)
 {
+	struct inode *inode = file_inode(iocb->ki_filp);
 	loff_t pos = iocb->ki_pos;
-	loff_t end = min_t(loff_t, pos + iov_iter_count(to),
-			   i_size_read(file_inode(iocb->ki_filp)));
-	ssize_t n;
+	loff_t end = min_t(loff_t, pos + iov_iter_count(to), i_size_read(inode));
+	ssize_t ret = 0;
 
-	if (pos < k->pos || end > k->end)
+	if (async && test_and_set_bit_lock(0, &k->busy))
 		return 0;
-	n = copy_to_iter(z_erofs_dio_kept_addr(k, pos), end - pos, to);
-	iocb->ki_pos += n;
-	return n ?: -EFAULT;
+	if (pos >= k->pos && end <= k->end) {
+		ret = copy_to_iter(z_erofs_dio_kept_addr(k, pos), end - pos, to);
+		iocb->ki_pos += ret;
+		z_erofs_dio_used_keep(k, inode, iocb->ki_pos);
+		ret = ret ?: -EFAULT;
+	}
+	if (async)
+		clear_bit_unlock(0, &k->busy);
+	return ret;
 }
 
 static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
@@ -2226,8 +2271,8 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 			Z_EROFS_DIO_MAX_ASYNC &&
 			z_erofs_dio_get_workers(inode->i_sb);
 		k = z_erofs_dio_get_keep(iocb, iov_iter_count(to), async);
-		if (k && !async)
-			ret = z_erofs_dio_read_kept(iocb, to, k);
+		if (k)
+			ret = z_erofs_dio_read_kept(iocb, to, async, k);
 		kept = ret;
 		if (!kept)
 			ret = z_erofs_dio_direct(iocb, to, async, k);
