@@ -1326,6 +1326,7 @@ static void z_erofs_dio_end_turn(struct z_erofs_dio_window *w)
 {
 	struct z_erofs_dio_keep *k = w->keep;
 	struct z_erofs_dio_window *next;
+	unsigned int left = 32;		/* @w itself isn't completed before */
 
 	z_erofs_dio_used_keep(k, w->inode, w->req->end);
 	w->keep = NULL;
@@ -1340,7 +1341,7 @@ static void z_erofs_dio_end_turn(struct z_erofs_dio_window *w)
 			clear_bit_unlock(0, &k->busy);
 		}
 		spin_unlock(&k->lock);
-	} while (next && z_erofs_dio_serve_kept(next, k));
+	} while (next && left-- && z_erofs_dio_serve_kept(next, k));
 	if (next && z_erofs_dio_get_slot(next))
 		z_erofs_dio_queue_work(next);
 }
