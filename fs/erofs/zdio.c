@@ -83,20 +83,21 @@ struct z_erofs_dio_ahead {
  * it.  Whoever has set bit 0 of @busy owns all that isn't said to be locked:
  *
  * - a synchronous request, from z_erofs_dio_get_keep() until it returns;
- * - a window of a small asynchronous one, from z_erofs_dio_take_turn() to
- *   z_erofs_dio_end_turn(), which passes it on to the first one in @waiting;
+ * - a small asynchronous one in z_erofs_dio_try_kept(), or a window of it from
+ *   z_erofs_dio_take_turn() to z_erofs_dio_end_turn(): z_erofs_dio_pass_turn()
+ *   serves those in @waiting that only need a copy, then the next one goes on;
  * - the shrinker, under z_erofs_dio_kept_lock.
  *
  * The owner may be in a page fault that needs another request of the same file,
  * so the others do without rather than wait.  Windows of asynchronous requests
- * do wait for each other (@turns): all memory these need has been pinned.
+ * do wait for each other (@turns): they don't fault.
  */
 struct z_erofs_dio_keep {
 	refcount_t ref;			/* of its file and of what is being read */
 	struct erofs_sb_info *sbi;
 	unsigned long busy;
 	spinlock_t lock;		/* of the two below */
-	bool turns;			/* the owner is such a window */
+	bool turns;			/* the owner is asynchronous */
 	struct list_head waiting;	/* .. and these are next */
 	loff_t came;			/* where their last request to come ends */
 	/* changed by the owner, and under z_erofs_dio_kept_lock */
@@ -1231,20 +1232,14 @@ static void z_erofs_dio_free_window(struct z_erofs_dio_window *w)
 	kvfree(w);
 }
 
-static void z_erofs_dio_end_bios(struct z_erofs_dio_window *w,
-				 blk_status_t status)
+/* True if current is the owner now, for whom windows wait */
+static bool z_erofs_dio_begin_turn(struct z_erofs_dio_keep *k)
 {
-	struct bio_list bios = w->bios;
-	struct bio *bio;
-
-	/*
-	 * As late as possible: the work of a new window at this address would
-	 * be taken for the one that is running, and wait for it.
-	 */
-	z_erofs_dio_free_window(w);
-
-	while ((bio = bio_list_pop(&bios)))
-		bio_endio_status(bio, status);
+	lockdep_assert_held(&k->lock);
+	if (test_and_set_bit_lock(0, &k->busy))
+		return false;
+	k->turns = true;
+	return true;
 }
 
 /*
@@ -1259,10 +1254,8 @@ static bool z_erofs_dio_take_turn(struct z_erofs_dio_window *w)
 	struct list_head *at;
 
 	guard(spinlock)(&k->lock);
-	if (!test_and_set_bit_lock(0, &k->busy)) {
-		k->turns = true;
+	if (z_erofs_dio_begin_turn(k))
 		return true;
-	}
 	if (!k->turns) {
 		w->keep = NULL;
 		return true;
@@ -1296,9 +1289,10 @@ static void z_erofs_dio_used_keep(struct z_erofs_dio_keep *k,
 	}
 }
 
-/* Serve a window in line, if it needs nothing but what is kept */
+/* Fill a window in line, if it needs nothing but what is kept: to be ended */
 static bool z_erofs_dio_serve_kept(struct z_erofs_dio_window *w,
-				   struct z_erofs_dio_keep *k)
+				   struct z_erofs_dio_keep *k,
+				   struct bio_list *filled)
 {
 	loff_t pos = w->pos;
 	struct bvec_iter bi;
@@ -1317,19 +1311,21 @@ static bool z_erofs_dio_serve_kept(struct z_erofs_dio_window *w,
 		}
 	}
 	z_erofs_dio_used_keep(k, w->inode, w->req->end);
-	z_erofs_dio_end_bios(w, BLK_STS_OK);
+	bio_list_merge(filled, &w->bios);
+	z_erofs_dio_free_window(w);
 	return true;
 }
 
-/* Those in line who only need a copy get it here: without a slot, or a worker */
-static void z_erofs_dio_end_turn(struct z_erofs_dio_window *w)
+/*
+ * Those in line that only need a copy get it here: without a slot, or a worker.
+ * The first of the others goes on.
+ */
+static void z_erofs_dio_pass_turn(struct z_erofs_dio_keep *k)
 {
-	struct z_erofs_dio_keep *k = w->keep;
+	struct bio_list filled = BIO_EMPTY_LIST;
 	struct z_erofs_dio_window *next;
-	unsigned int left = 32;		/* @w itself isn't completed before */
+	struct bio *bio;
 
-	z_erofs_dio_used_keep(k, w->inode, w->req->end);
-	w->keep = NULL;
 	do {
 		spin_lock(&k->lock);
 		next = list_first_entry_or_null(&k->waiting,
@@ -1341,9 +1337,21 @@ static void z_erofs_dio_end_turn(struct z_erofs_dio_window *w)
 			clear_bit_unlock(0, &k->busy);
 		}
 		spin_unlock(&k->lock);
-	} while (next && left-- && z_erofs_dio_serve_kept(next, k));
+	} while (next && z_erofs_dio_serve_kept(next, k, &filled));
 	if (next && z_erofs_dio_get_slot(next))
 		z_erofs_dio_queue_work(next);
+	/* not before, or those who get them could be back in line */
+	while ((bio = bio_list_pop(&filled)))
+		bio_endio(bio);
+}
+
+static void z_erofs_dio_end_turn(struct z_erofs_dio_window *w)
+{
+	struct z_erofs_dio_keep *k = w->keep;
+
+	z_erofs_dio_used_keep(k, w->inode, w->req->end);
+	w->keep = NULL;
+	z_erofs_dio_pass_turn(k);
 }
 
 /*
@@ -1745,7 +1753,9 @@ static bool z_erofs_dio_unstage(struct z_erofs_dio_window *w)
 /* All has been filled, or something failed */
 static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 {
+	struct bio_list bios = w->bios;
 	blk_status_t status = BLK_STS_OK;
+	struct bio *bio;
 	unsigned int i;
 	int err = w->err;
 
@@ -1768,7 +1778,14 @@ static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 		z_erofs_dio_end_turn(w);
 	if (w->req->async)
 		z_erofs_dio_put_slot(w);
-	z_erofs_dio_end_bios(w, status);
+	/*
+	 * As late as possible: the work of a new window at this address would
+	 * be taken for the one that is running, and wait for it.
+	 */
+	z_erofs_dio_free_window(w);
+
+	while ((bio = bio_list_pop(&bios)))
+		bio_endio_status(bio, status);
 }
 
 static void z_erofs_dio_work(struct work_struct *work)
@@ -2151,28 +2168,48 @@ int z_erofs_dio_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
-/*
- * Serve a request that only needs what is kept.  It may fault, so windows that
- * come meanwhile do without rather than wait.
- */
+/* Serve a request that only needs what is kept */
 static ssize_t z_erofs_dio_read_kept(struct kiocb *iocb, struct iov_iter *to,
-				     bool async, struct z_erofs_dio_keep *k)
+				     struct z_erofs_dio_keep *k)
+{
+	loff_t pos = iocb->ki_pos;
+	loff_t end = min_t(loff_t, pos + iov_iter_count(to),
+			   i_size_read(file_inode(iocb->ki_filp)));
+	ssize_t n;
+
+	if (pos < k->pos || end > k->end)
+		return 0;
+	n = copy_to_iter(z_erofs_dio_kept_addr(k, pos), end - pos, to);
+	iocb->ki_pos += n;
+	return n ?: -EFAULT;
+}
+
+/* .. an asynchronous one, if that's possible at once: windows wait for it */
+static ssize_t z_erofs_dio_try_kept(struct kiocb *iocb, struct iov_iter *to,
+				    struct z_erofs_dio_keep *k)
 {
 	struct inode *inode = file_inode(iocb->ki_filp);
-	loff_t pos = iocb->ki_pos;
-	loff_t end = min_t(loff_t, pos + iov_iter_count(to), i_size_read(inode));
-	ssize_t ret = 0;
+	bool owner = false;
+	ssize_t ret;
 
-	if (async && test_and_set_bit_lock(0, &k->busy))
+	if (!user_backed_iter(to))
 		return 0;
-	if (pos >= k->pos && end <= k->end) {
-		ret = copy_to_iter(z_erofs_dio_kept_addr(k, pos), end - pos, to);
-		iocb->ki_pos += ret;
-		z_erofs_dio_used_keep(k, inode, iocb->ki_pos);
-		ret = ret ?: -EFAULT;
+	scoped_guard(spinlock, &k->lock)
+		owner = z_erofs_dio_begin_turn(k);
+	if (!owner)
+		return 0;
+	pagefault_disable();
+	ret = max_t(ssize_t, z_erofs_dio_read_kept(iocb, to, k), 0);
+	pagefault_enable();
+	if (ret && iov_iter_count(to) && iocb->ki_pos < i_size_read(inode)) {
+		/* it faults: its memory has to be pinned */
+		iov_iter_revert(to, ret);
+		iocb->ki_pos -= ret;
+		ret = 0;
 	}
-	if (async)
-		clear_bit_unlock(0, &k->busy);
+	if (ret)
+		z_erofs_dio_used_keep(k, inode, iocb->ki_pos);
+	z_erofs_dio_pass_turn(k);
 	return ret;
 }
 
@@ -2238,10 +2275,11 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
  * are served from the page cache and, unless they are small, dropped behind;
  * trace_erofs_dio_read() tells about each of them.
  *
- * Asynchronous requests are completed by a worker; small ones which follow each
- * other take turns, or each would decode its extents anew.  Nevertheless, the
- * caller waits for index blocks that aren't cached, for what is served from the
- * page cache, and for images in files that aren't read directly.
+ * Asynchronous requests are completed by a worker, or at once by a copy; small
+ * ones which follow each other take turns, or each would decode its extents
+ * anew.  Nevertheless, the caller waits for index blocks that aren't cached, for
+ * what is served from the page cache, and for images in files that aren't read
+ * directly.
  *
  * Context: Process context, may sleep; no locks are held.
  * Return: Number of bytes read, 0 at EOF, or a negative error code: -EIOCBQUEUED
@@ -2273,7 +2311,8 @@ ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 			z_erofs_dio_get_workers(inode->i_sb);
 		k = z_erofs_dio_get_keep(iocb, iov_iter_count(to), async);
 		if (k)
-			ret = z_erofs_dio_read_kept(iocb, to, async, k);
+			ret = async ? z_erofs_dio_try_kept(iocb, to, k) :
+				      z_erofs_dio_read_kept(iocb, to, k);
 		kept = ret;
 		if (!kept)
 			ret = z_erofs_dio_direct(iocb, to, async, k);
