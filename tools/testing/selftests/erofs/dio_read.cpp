@@ -107,6 +107,9 @@ public:
 	explicit CachedOnce(const Target &target)
 	    : path_(target.path), added_(kEvent, "i_ino == " + std::to_string(inode(target)))
 	{
+		// without it, nothing would ever be cached twice
+		if (!EventTrace::available(kEvent))
+			throw Error(kEvent, 0, "an event of the kernel", "none");
 	}
 	void check() const
 	{
