@@ -9,15 +9,19 @@ import subprocess
 import time
 from pathlib import Path
 
-from ui import (FULL, Failure, cache_dir, digest, entry, growing, locked, output, run,
-                say, step, write)
+from ui import (Cut, Failure, cache_dir, digest, entry, growing, locked, output, run, say, step,
+                write)
 
+# what becomes a part of programs that are built
+LINKED = ("libc6-dev", "liblz4-dev", "liblzma-dev", "libdeflate-dev", "zlib1g-dev", "libzstd-dev",
+          "uuid-dev", "libcli11-dev", "libxxhash-dev", "nlohmann-json3-dev", "liburing-dev",
+          "libaio-dev")
 # one list, so that a user without root rights hears once what is missing
 TOOLS = ("python3-tqdm", "gcc", "g++", "make", "bc", "bison", "flex", "libelf-dev", "patch", "cpio",
          "xz-utils", "busybox-static", "dpkg-dev", "autoconf", "automake", "libtool", "pkg-config",
-         "liblz4-dev", "liblzma-dev", "libdeflate-dev", "zlib1g-dev", "libzstd-dev", "uuid-dev",
-         "python3-xxhash", "libcli11-dev", "libxxhash-dev", "nlohmann-json3-dev", "liburing-dev",
-         "libaio-dev", "qemu-system-x86")
+         "python3-xxhash", "qemu-system-x86", *LINKED)
+ARM64 = ("gcc-aarch64-linux-gnu", "g++-aarch64-linux-gnu", "libc6-dev-arm64-cross",
+         "qemu-system-arm")
 
 
 class Gone(Failure):
@@ -30,12 +34,14 @@ DAY = 24 * 3600
 
 def ensure(*packages: str) -> None:
     wanted = sorted({*TOOLS, *packages})
-    rows = output(["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", *wanted])
+    rows = output(["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", *wanted],
+                  check=False)
     there = {row.split()[0] for row in rows.splitlines() if row.endswith(" installed")}
     missing = [package for package in wanted if package not in there]
     if not missing:
         return
-    install = f"apt-get -y --no-install-recommends install {' '.join(missing)}"
+    install = "apt-get -y -o DPkg::Lock::Timeout=600 --no-install-recommends install " \
+        + " ".join(missing)
     script = f"export DEBIAN_FRONTEND=noninteractive; {install} || (apt-get update && {install})"
     with step(f"installing {' '.join(missing)}"):
         if not os.geteuid():
@@ -43,6 +49,12 @@ def ensure(*packages: str) -> None:
         # may ask for a password; all but this is done, and owned, by the user
         elif not shutil.which("sudo") or subprocess.call(["sudo", "sh", "-c", script]):
             raise Failure(f"packages are missing: run as root: {install}")
+
+
+@functools.cache
+def linked(compiler: str = "gcc") -> str:
+    """What else programs are made from, beside their sources."""
+    return output([compiler, "--version"]) + output(["dpkg-query", "-W", *LINKED])
 
 
 @functools.cache
@@ -77,9 +89,9 @@ def config(suite: str, kind: str) -> Path:
     top = cache_dir() / "apt" / digest(text, *([arch] if arch else []))
     for name in ("lists/partial", "cache/archives/partial", "parts"):
         (top / name).mkdir(parents=True, exist_ok=True)
-    (top / "sources.list").write_text(text)
     (top / "status").touch()
-    (top / "apt.conf").write_text(acquire() + f"""
+    write(top / "sources.list", text)
+    write(top / "apt.conf", acquire() + f"""
 Dir::Etc::main "{top}/none";
 Dir::Etc::parts "{top}/parts";
 Dir::Etc::sourcelist "{top}/sources.list";
@@ -116,9 +128,9 @@ def update(top: Path, suite: str, refresh: bool) -> bool:
     try:
         run(["apt-get", "-o", "APT::Update::Error-Mode=any", "update"], total=4,
             what=f"apt lists of {suite}", env={"APT_CONFIG": str(top / "apt.conf")}, quiet=True)
+    except Cut:
+        raise
     except Failure as failure:
-        if str(failure) == FULL:
-            raise
         if stamp.exists():
             say(f"{failure}; using the old ones, next try in an hour")
             os.utime(stamp, (soon := time.time() - DAY + 3600, soon))
@@ -166,40 +178,41 @@ def newest(package: str, pattern: str | None, suites: list[str], kind: str,
     return best
 
 
+def _get(kind: str, package: str, version: str, top: Path, work: Path) -> None:
+    env = {"APT_CONFIG": str(top / "apt.conf")}
+    cmd = ["apt-get", "source" if kind == "source" else "download", f"{package}={version}"]
+    sizes = re.findall(r"^'\S+' \S+ (\d+)", apt(top, *cmd, "--print-uris"), re.M)
+    with step(f"downloading {package} {version}"), locked(top / "lock"), \
+            growing(work, sum(map(int, sizes)), package):
+        run(cmd, what=f"download of {package}", cwd=work, env=env)
+    if kind == "source":
+        [tree] = [path for path in work.iterdir() if path.is_dir()]
+        for path in work.iterdir():
+            if path != tree:
+                path.unlink()
+        tree.rename(work / "tree")
+
+
 def fetch(kind: str, package: str, pattern: str | None, suites: list[str]) -> Path:
     """Kept as CACHE/kind/package_version; the kind is source, deb, or deb-ARCH of another one."""
-    source = kind == "source"
     for refresh in (False, True):
+        listed = False
         try:
             version, top = newest(package, pattern, suites, kind, refresh)
+            listed = True
+            return entry(kind, f"{package}_{version.replace(':', '%3a')}",
+                         functools.partial(_get, kind, package, version, top))
+        except Cut:
+            raise
         except Failure as failure:
+            if listed and not refresh:
+                say(f"{failure}; trying once more with fresh lists")
+                continue
             cached = (cache_dir() / kind).glob(f"{package}_*")
             if not (names := sorted(cached, key=lambda path: path.stat().st_mtime)):
                 raise
             say(f"{failure}; taking {names[-1].name} from the cache")
             return names[-1]
-
-        def make(work: Path) -> None:
-            env = {"APT_CONFIG": str(top / "apt.conf")}
-            verb = ["source"] if source else ["download"]
-            cmd = ["apt-get", *verb, f"{package}={version}"]
-            sizes = re.findall(r"^'\S+' \S+ (\d+)", apt(top, *cmd, "--print-uris"), re.M)
-            with step(f"downloading {package} {version}"), locked(top / "lock"), \
-                    growing(work, sum(map(int, sizes)), package):
-                run(cmd, what=f"download of {package}", cwd=work, env=env)
-            if source:
-                [tree] = [path for path in work.iterdir() if path.is_dir()]
-                for path in work.iterdir():
-                    if path != tree:
-                        path.unlink()
-                tree.rename(work / "tree")
-
-        try:
-            return entry(kind, f"{package}_{version.replace(':', '%3a')}", make)
-        except Failure as failure:
-            if refresh or str(failure) == FULL:
-                raise
-            say(f"{failure}; trying once more with fresh lists")
     raise AssertionError
 
 

@@ -23,8 +23,7 @@ from kernel import ARCHES, Kernel, kernel
 from ui import (JOBS, REPO, Failure, bar, cache_dir, digest, entry, main, number, output, run,
                 say, step, write)
 
-PACKAGES = ("gcc-aarch64-linux-gnu", "g++-aarch64-linux-gnu", "libc6-dev-arm64-cross",
-            "qemu-system-arm", "squashfs-tools", "gnuplot-nox")
+PACKAGES = (*apt.ARM64, "squashfs-tools", "gnuplot-nox")
 SIZES = {"4K": 4 << 10, "16K": 16 << 10, "64K": 64 << 10, "128K": 128 << 10, "1M": MIB,
          "8M": 8 * MIB}
 # options of mkfs.erofs, pcluster, the like of mksquashfs
@@ -66,14 +65,6 @@ nor waiting nor reclaim. Both CPUs belong to whatever else this machine did mean
 
 
 Rows = list[dict[str, Any]]  # of dio_bench, as it printed them
-
-
-@dataclass(frozen=True)
-class Disk:
-    """An image, how it is mounted, and how the floor finds its extents."""
-    path: Path
-    filesystem: str = "erofs"
-    extents: str = ""
 
 
 def slices(name: str, parts: dict[str, tuple[int, int]], noise: int = 0) -> Data:
@@ -401,7 +392,7 @@ def options() -> argparse.Namespace:
                         help="show instructions on arm64, measure nothing else")
     parser.add_argument("--cell", default="", help="of --count only these, as in "
                         "lz4-4k,1M,direct,thp; all of what is not named")
-    parser.add_argument("--rounds", type=int, default=number("ROUNDS", 3, least=1),
+    parser.add_argument("--rounds", type=int, default=number("ROUNDS", 3),
                         help="that are measured (default: ROUNDS, or 3)")
     return parser.parse_args()
 
@@ -470,7 +461,7 @@ def bench() -> None:
               rows)
         show_counts([row for row in rows if "cell" in row], bool(words))
         return
-    all_parts(parts(args.rounds, bool(number("FULL", 0))))
+    all_parts(parts(args.rounds, bool(number("FULL"))))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
+import apt
 import vehicle
 from images import FEATURES, Image, caller_image, check_images, damage, forged_images
 from kernel import Kernel, kernel
 from programs import programs
-from ui import JOBS, REPO, WEEK, Failure, main, number, say, step
+from ui import JOBS, REPO, WEEK, Failure, main, number, say, step, write
 
 TIMEOUT = {"uml": 900, "qemu": 1800, "arm64": 1800}
 SLOWER = 2  # with sanitizers
@@ -60,6 +62,10 @@ class Settings:
         return ("-san" if self.san else "") + ("" if self.pages == "4K" else "-16k")
 
     @property
+    def page(self) -> int:
+        return int(self.pages.removesuffix("K")) << 10
+
+    @property
     def seconds(self) -> int:
         """That a guest may need for what was asked for beyond the usual."""
         return min(2 * self.soak + max(0, self.reads - READS) // READS_PER_SECOND, WEEK)
@@ -69,7 +75,7 @@ class Settings:
         pages = os.environ.get("PAGES") or "4K"
         if pages not in ("4K", "16K"):
             raise Failure(f"PAGES={pages}: set it to 4K or 16K")
-        return Settings(bool(number("SAN", 0)), number("SOAK", 0), number("READS", READS),
+        return Settings(bool(number("SAN")), number("SOAK"), number("READS", READS),
                         number("SEED", 1), os.environ.get("ONLY") or "*",
                         os.environ.get("REPLAY") or "", pages)
 
@@ -167,6 +173,8 @@ class Ktap:
         elif inner is None or not inner.seen:
             verdict = "failed" if match[1] else "skipped" if match[4] else "passed"
             reason = "; ".join(frame.notes) if match[1] else match[5] or ""
+            if inner is not None and verdict == "passed":
+                verdict, reason = "failed", "it has no results"
             self.add(match[3], verdict, reason)
         elif bool(match[1]) != bool(inner.bad):
             self.add(match[3], "failed", "the suite and its tests disagree")
@@ -196,7 +204,7 @@ def guest(built: Kernel, job: Job, tools: list[Path], slot: int) -> list[Test]:
                      timeout=TIMEOUT[built.vehicle]
                      * (SLOWER if "san" in built.variant.split("-") else 1) + job.seconds,
                      on_line=lambda line, _: ktap.line(line))
-    except Failure as failure:
+    except (Failure, OSError) as failure:
         ktap.frames.clear()
         ktap.since = start
         ktap.add("guest", "failed", str(failure))
@@ -209,13 +217,13 @@ def guest(built: Kernel, job: Job, tools: list[Path], slot: int) -> list[Test]:
     return tests
 
 
-def oracle(tools: list[Path], image: Image) -> list[Test]:
+def oracle(tools: list[Path], name: str, image: Image) -> list[Test]:
     """No kernel: what fails here is the image, its data or the oracle."""
     tests: list[Test] = []
-    ktap = Ktap(tests, "host", image.name)
+    ktap = Ktap(tests, "host", name)
     [program] = [tool for tool in tools if tool.name == "erofs_oracle"]
     with subprocess.Popen([program, "--image", image.path, "--truth", image.data.truth,
-                           "--name", image.name, *(f"--device={path}" for path in image.devices)],
+                           "--name", name, *(f"--device={path}" for path in image.devices)],
                           stdout=subprocess.PIPE, text=True, errors="replace") as process:
         for line in process.stdout or ():
             ktap.line(line.rstrip("\n"))
@@ -252,7 +260,7 @@ def images_of(settings: Settings, vehicle_name: str) -> list[tuple[Image, tuple[
     if vehicle_name == "qemu":
         return check_images(ON_QEMU, 6)
     return check_images(tuple(FEATURES), 6 if settings.san or vehicle_name == "arm64" else 1) \
-        + forged_images()
+        + forged_images(settings.page)
 
 
 def damage_job(settings: Settings, name: str, image: Image, since: tuple[int, ...]) -> Job:
@@ -317,8 +325,8 @@ def all_jobs(settings: Settings) -> list[Job]:
     """What make check does: add to this list."""
     jobs = [job for name in settings.vehicles for job in image_jobs(settings, name)]
     if not settings.replay:
-        jobs.append(caller_job())
-        jobs.append(device_job())
+        if settings.vehicles == BOTH:
+            jobs += [caller_job(), device_job()]
         jobs.append(console_job(settings))
         jobs.append(Job("kunit", vehicles=settings.vehicles,
                         args=("kunit.enable=1", "kunit.filter_glob=erofs*")))
@@ -326,11 +334,16 @@ def all_jobs(settings: Settings) -> list[Job]:
 
 
 def host_tests(settings: Settings, tools: list[Path]) -> list[Test]:
-    images = [image for image, _ in images_of(settings, "uml")
-              if fnmatch.fnmatch(image.name, settings.only) and not settings.replay
-              and not image.damaged]
+    if settings.replay:
+        return []
+    images: dict[str, Image] = {}
+    # those of the same name for vehicles that are slow are smaller ones
+    for vehicle_name, more in zip(reversed(settings.vehicles), ("", "-small")):
+        for image, _ in images_of(settings, vehicle_name):
+            if fnmatch.fnmatch(image.name, settings.only) and not image.damaged:
+                images[image.name + more] = image
     with step("reading the images without a kernel"), ThreadPoolExecutor(int(JOBS)) as pool:
-        return [test for tests in pool.map(lambda image: oracle(tools, image), images)
+        return [test for tests in pool.map(partial(oracle, tools), images, images.values())
                 for test in tests]
 
 
@@ -353,9 +366,11 @@ def places() -> int:
     return max(1, min(len(vehicle.CPUS), int(free[1]) * 1024 // MEMORY if free else 1))
 
 
-def all_tests(settings: Settings) -> list[Test]:
+def all_tests(settings: Settings, tests: list[Test]) -> Kernel:
+    """Adds to the tests as they come: those of a run that is ended tell something, too."""
+    apt.ensure(*(apt.ARM64 if "arm64" in settings.vehicles else ()))
     plan = chosen(settings)
-    tests = host_tests(settings, programs())
+    tests += host_tests(settings, programs())
     names = sorted({name for name, _ in plan}, reverse=True)
     tools = {name: programs(name) for name in names}
     built = {name: kernel(name + settings.variant) for name in names}
@@ -370,16 +385,18 @@ def all_tests(settings: Settings) -> list[Test]:
         finally:
             slots.put(slot)
 
-    version = next(iter(built.values())).version
-    with step(f"testing Linux {version}, seed {settings.seed}"), \
+    first = next(iter(built.values()))
+    with step(f"testing Linux {first.version}, seed {settings.seed}"), \
             ThreadPoolExecutor(count) as pool:
         try:
             waiting = [pool.submit(one, name, job) for name, job in plan]
-            return tests + [test for future in waiting for test in future.result()]
+            for future in as_completed(waiting):
+                tests += future.result()
         except BaseException:
             vehicle.stop()
             pool.shutdown(cancel_futures=True)
             raise
+    return first
 
 
 def counts(tests: list[Test]) -> dict[str, int]:
@@ -405,18 +422,16 @@ def skips(tests: list[Test]) -> Iterator[str]:
                f"{', '.join(images[:2])}{more}")
 
 
-def check() -> None:
-    settings = Settings.read()
-    tests = all_tests(settings)
+def report(settings: Settings, built: Kernel | None, tests: list[Test]) -> None:
     vehicles: dict[str, list[Test]] = {}
     for test in tests:
         vehicles.setdefault(test.name.partition(".")[0], []).append(test)
-    out = REPO / "out"
-    out.mkdir(exist_ok=True)
+    (out := REPO / "out").mkdir(exist_ok=True)
     rows = [{key: value for key, value in asdict(test).items() if key != "reason" or value}
             for test in tests]
-    (out / "check.json").write_text(json.dumps(
-        {**counts(tests), "seed": settings.seed,
+    write(out / "check.json", json.dumps(
+        {**counts(tests), "kernel": built and built.version, "base": built and built.base,
+         "settings": asdict(settings),
          "vehicles": {name: counts(some) for name, some in vehicles.items()}, "tests": rows},
         indent=1) + "\n")
     print("".join(f"{line}\n" for line in skips(tests)), end="")
@@ -426,6 +441,20 @@ def check() -> None:
     for name, some in vehicles.items():
         print(f"{name}: {summary(some)}")
     print(summary(tests), flush=True)
+
+
+def check() -> None:
+    settings = Settings.read()
+    tests: list[Test] = []
+    built: Kernel | None = None
+    try:
+        built = all_tests(settings, tests)
+    except BaseException as reason:
+        if tests:
+            tests.append(Test("run.end", "failed", 0, f"not all was tested: {reason}"))
+            report(settings, built, tests)
+        raise
+    report(settings, built, tests)
     if counts(tests)["failed"] or not counts(tests)["passed"]:
         sys.exit(1)
 

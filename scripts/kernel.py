@@ -14,8 +14,8 @@ from pathlib import Path
 
 import apt
 import series
-from ui import (FULL, JOBS, REPO, Failure, bar, cache_dir, digest, entry, locked, main, output, run,
-                say, state, step, walk)
+from ui import (JOBS, REPO, Cut, Failure, bar, cache_dir, digest, entry, git_files, locked, main,
+                output, run, say, state, step, walk)
 
 SUITES = {
     "7.3": ["trixie-backports", "forky", "sid", "experimental", "trixie"],
@@ -111,10 +111,7 @@ def _copy(names: list[str], source: Path, target: Path) -> None:
     for name in bar_over(names, f"copying {source}"):
         to = target / name
         to.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source / name, to, follow_symlinks=False)
-        except OSError:  # another filesystem, or files of another user
-            shutil.copy2(source / name, to, follow_symlinks=False)
+        shutil.copy2(source / name, to, follow_symlinks=False)
 
 
 def bar_over(names: list[str], text: str) -> Iterator[str]:
@@ -131,9 +128,7 @@ def _own(source: Path, base: str | None) -> Origin:
     if base not in SUITES:
         raise Failure(f"KSRC={source} is Linux {base}: set BASE to the series to try "
                       f"({' or '.join(SUITES)})")
-    names = [name for name in output(["git", "-C", str(source), "-c", f"safe.directory={source}",
-                                      "ls-files", "-z"]).split("\0")
-             if name and os.path.lexists(source / name)] if (source / ".git").exists() else []
+    names = git_files(source)
     if not names:
         if (source / ".config").exists() or (source / "include/config").exists():
             raise Failure(f"KSRC={source} was built in: run make mrproper there")
@@ -288,9 +283,10 @@ def whole(build: Path) -> Iterator[None]:
     mark.touch()
     try:
         yield
-    except BaseException as reason:
-        if str(reason) != FULL:
-            mark.unlink()
+    except Cut:
+        raise
+    except BaseException:
+        mark.unlink()
         raise
     mark.unlink()
 
@@ -313,8 +309,8 @@ def keep_decoder(arch: Arch, objects: Path, work: Path) -> None:
 
 
 def kernel(variant: str = "uml") -> Kernel:
-    apt.ensure()
     arch = ARCHES[variant.partition("-")[0]]
+    apt.ensure(*(apt.ARM64 if arch.cross else ()))
     source = origin()
     commits = built_of(series.load(source.base))
     texts = [path.read_text() for path in fragments(variant, source.base, commits)]
@@ -341,6 +337,6 @@ def kernel(variant: str = "uml") -> Kernel:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not set(sys.argv[1].split("-")) <= {*ARCHES, "san", "bench"}:
-        sys.exit("usage: kernel.py {uml,qemu,arm64}[-san|-bench]")
+    if len(sys.argv) != 2 or not set(sys.argv[1].split("-")) <= {*ARCHES, "san", "bench", "16k"}:
+        sys.exit("usage: kernel.py {uml,qemu,arm64}[-san][-bench][-16k]")
     main(lambda: print(kernel(sys.argv[1]).linux))

@@ -8,7 +8,7 @@ from pathlib import Path
 import apt
 import kernel
 import series
-from ui import JOBS, REPO, Failure, entry, main, repository, run, say, step
+from ui import JOBS, REPO, Failure, digest, entry, main, repository, run, say, step
 
 
 def sparse() -> Path:
@@ -21,7 +21,7 @@ def sparse() -> Path:
                  " mv build/sparse . && rm -r build", "build", str(source)],
                 what="sparse", cwd=work)
 
-    return entry("sparse", source.parent.name, make) / "sparse"
+    return entry("sparse", f"{source.parent.name}-{digest(apt.linked())}", make) / "sparse"
 
 
 def interpreter(path: Path) -> str:
@@ -42,10 +42,8 @@ def texts(everything: list[Path]) -> None:
     run(["shellcheck", *shell], what="shellcheck")
     run(["/usr/bin/python3", "-m", "pyflakes", *python], what="pyflakes")
     run(["pycodestyle", "--max-line-length=100", "--ignore=W503,W504", *python], what="pycodestyle")
-    cxx = [str(path) for path in everything if path.suffix in (".cpp", ".hpp", ".h")
-           and path.is_relative_to(REPO / "tools")]
-    if cxx:
-        run(["clang-format", "--dry-run", "-Werror", *cxx], what="clang-format")
+    cxx = [str(path) for path in everything if path.suffix in (".cpp", ".hpp")]
+    run(["clang-format", "--dry-run", "-Werror", *cxx], what="clang-format")
 
 
 def documents(everything: list[Path]) -> None:

@@ -1,12 +1,11 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-only
 """The programs that run in the guest."""
-import shutil
 from pathlib import Path
 
 import apt
 from kernel import ARCHES, Arch, Kernel
-from ui import JOBS, REPO, Failure, digest, entry, output, run, step
+from ui import JOBS, REPO, Failure, digest, entry, run, step
 
 SOURCE = REPO / "tools/testing/selftests/erofs"
 NAMES = ("dio_callers", "dio_devices", "dio_exercise", "dio_read", "dio_speed", "erofs_forge",
@@ -21,15 +20,17 @@ def built(names: tuple[str, ...] = NAMES, *variables: str, gcc: str = "g++",
           parts: tuple[Path, ...] = ()) -> Path:
     """Directory with the programs; variables are their Makefile's, parts files that these name."""
     apt.ensure()
-    sources = [SOURCE / "Makefile", *sorted(SOURCE.glob("*.[ch]pp"))]
+    # read once: what is built is what the key says
+    content = {path.name: path.read_bytes()
+               for path in (SOURCE / "Makefile", *sorted(SOURCE.glob("*.[ch]pp")), *parts)}
 
     def make(work: Path) -> None:
-        for path in (*sources, *parts):
-            shutil.copy(path, work)
+        for name, data in content.items():
+            (work / name).write_bytes(data)
         with step(f"building {', '.join(names)}"):
             run(["make", f"-j{JOBS}", *names, *variables], what="test programs", cwd=work)
 
-    key = digest(output([gcc, "--version"]), *names, *variables, *sources, *parts)
+    key = digest(apt.linked(gcc), *names, *variables, *content, *content.values())
     return entry("programs", key, make)
 
 
@@ -67,15 +68,16 @@ def bench(linux: Kernel) -> Path:
 
 def counter() -> Path:
     """The plugin for QEMU; Debian has the header that it needs in QEMU's sources only."""
-    source = REPO / "scripts/count_insns.cpp"
+    source = (REPO / "scripts/count_insns.cpp").read_text()
     header = apt.source("qemu", ["bookworm-updates", "bookworm"]) / "include/qemu/qemu-plugin.h"
     if not header.exists():
         raise Failure(f"{header}: no such file: the sources of this QEMU are laid out otherwise")
 
     def make(work: Path) -> None:
         # alone, or other headers beside it would be taken for those of the system
-        shutil.copy(header, work)
+        (work / header.name).write_bytes(header.read_bytes())
+        (work / "count_insns.cpp").write_text(source)
         run(["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared",
-             f"-I{work}", "-o", str(work / "count_insns.so"), str(source)], what="plugin")
+             f"-I{work}", "-o", "count_insns.so", "count_insns.cpp"], what="plugin", cwd=work)
 
-    return entry("plugin", digest(source, header), make) / "count_insns.so"
+    return entry("plugin", digest(apt.linked("g++"), source, header), make) / "count_insns.so"

@@ -3,6 +3,7 @@
 """make run: direct and buffered reads of compressed images side by side, every byte verified."""
 import json
 import re
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import vehicle
 from images import TIMED, Image, run_images
 from kernel import Kernel, kernel
 from programs import programs
-from ui import REPO, Failure, main, say, step
+from ui import REPO, Failure, main, say, step, write
 
 ROUNDS = 5
 COLUMNS = (("algorithm", "algorithm", "{}"), ("pcluster", "pcluster", "{}"),
@@ -57,7 +58,7 @@ def measure(built: Kernel, image: Image, tools: list[Path]) -> dict[str, Any]:
         vehicle.boot(built, programs=tools, disks=[image.path], on_line=on_line,
                      timeout=120 + image.data.size / (1 << 20),
                      script="dio_speed --device $DISK_A --mount /mnt "
-                     f"--list '/host{image.data.listing}' --rounds {ROUNDS}\n")
+                     f"--list {shlex.quote(f'/host{image.data.listing}')} --rounds {ROUNDS}\n")
     except Failure as failure:
         why = [row["error"] for row in rows if "error" in row] or trouble or [str(failure)]
         raise Failure(f"{image.path}: {why[0]}: try make check, or another image or BASE") from None
@@ -114,7 +115,8 @@ def run_all() -> None:
             rows.append(measure(built, image, tools))
     out = REPO / "out"
     out.mkdir(exist_ok=True)
-    (out / "run.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write(out / "run.json", json.dumps({"kernel": built.version, "base": built.base, "rows": rows},
+                                       indent=1) + "\n")
     data = images[0].data
     print(f"\nLinux {built.version}, {len(data.files)} files, {data.size >> 20} MiB of data\n")
     print(table(rows))

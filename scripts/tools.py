@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import apt
-from ui import JOBS, Failure, entry, main, output, run, step
+from ui import JOBS, Failure, digest, entry, main, output, run, step
 
 SUITES = ["forky", "sid"]
 PROGRAMS = ("mkfs/mkfs.erofs", "fsck/fsck.erofs", "dump/dump.erofs")
@@ -34,7 +34,7 @@ def erofs_utils() -> Path:
             raise Failure(f"mkfs.erofs was built without {', '.join(sorted(lost))}: "
                           "remove what shadows Debian's compression libraries")
 
-    return entry("erofs-utils", source.parent.name, make)
+    return entry("erofs-utils", f"{source.parent.name}-{digest(apt.linked())}", make)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 JOBS = os.environ.get("JOBS") or str(len(os.sched_getaffinity(0)))
-# settings of this repository's make, which another make would take for its own
-OURS = {"BASE", "KSRC", "IMAGE", "DATA", "CACHE", "JOBS", "SAN", "SOAK", "READS", "SEED", "ONLY",
-        "REPLAY", "FULL", "PAGES", "ROUNDS", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES",
-        "ARCH", "CROSS_COMPILE", "KBUILD_OUTPUT", "GIT_DIR", "GIT_WORK_TREE"}
+# numbers that the user may set, and their least values
+NUMBERS = {"JOBS": 1, "SAN": 0, "SOAK": 0, "READS": 0, "SEED": 0, "FULL": 0, "ROUNDS": 1}
+# what commands get of the environment: flags and the like would go into what is built and kept
+PASSED = re.compile(r"PATH|HOME|USER|LOGNAME|TMPDIR|SSL_CERT_\w+|(?i:[a-z]+_proxy)")
 WEEK = 7 * 24 * 3600
 FULL = "disk full: free space or set CACHE= to a directory with room"
 
@@ -32,9 +32,14 @@ class Failure(Exception):
     """Something the user can act on; its text is the whole message."""
 
 
-def number(name: str, default: int, least: int = 0) -> int:
+class Cut(Failure):
+    """What was being written may be incomplete, and look as if it were not."""
+
+
+def number(name: str, default: int = 0) -> int:
     """What the user has set."""
-    text = os.environ.get(name) or str(default)
+    least = NUMBERS[name]
+    text = os.environ.get(name) or str(max(default, least))
     if not re.fullmatch(r"\d{1,9}", text) or int(text) < least:
         raise Failure(f"{name}={text}: set it to a number from {least} to 999999999")
     return int(text)
@@ -50,7 +55,8 @@ def main(fn: Callable[[], Any]) -> None:
     for kind in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, lambda n, _: sys.exit(128 + n))
     try:
-        number("JOBS", 1, least=1)
+        for name in NUMBERS:  # all of them: a wrong one is not found out after an hour
+            number(name)
         fn()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -108,7 +114,7 @@ def run(cmd: list[str], *, what: str, cwd: Path | None = None, env: dict[str, st
     log = log or cache_dir() / "log" / (re.sub(r"\W+", "-", what) + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     tail: deque[str] = deque(maxlen=20)
-    clean = {key: value for key, value in os.environ.items() if key not in OURS}
+    clean = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
     try:
         process = subprocess.Popen(cmd, cwd=cwd, env={**clean, "LC_ALL": "C", **(env or {})},
                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -127,32 +133,48 @@ def run(cmd: list[str], *, what: str, cwd: Path | None = None, env: dict[str, st
         status = process.wait()
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)  # make then removes what it was writing
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end(process, what)
     if status:
         if "No space left on device" in "".join(tail) or disk_full():
-            raise Failure(FULL)
+            raise Cut(FULL)
         sys.stderr.write("" if quiet else "".join(tail))
         raise Failure(f"{what}: {Path(cmd[0]).name} ended with status {status}: see {log}")
 
 
-def output(cmd: list[str], **more: Any) -> str:
-    """Standard output of a short command, empty when there is no such command."""
+def end(process: subprocess.Popen[str], what: str) -> None:
+    os.killpg(process.pid, signal.SIGTERM)  # make then removes what it was writing
     try:
-        return subprocess.run(cmd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                              check=False, **more).stdout
+        process.wait(10)
+    except BaseException as reason:  # Ctrl-C again is one
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise Cut(f"{what}: killed") from reason
+
+
+def output(cmd: list[str], check: bool = True) -> str:
+    """Standard output of a short command; without check, whether or not it succeeds."""
+    try:
+        done = subprocess.run(cmd, capture_output=True, text=True, errors="replace", check=False)
     except FileNotFoundError:
-        return ""
+        raise Failure(f"no {cmd[0]} on this machine: install it") from None
+    if check and done.returncode:
+        raise Failure(f"{' '.join(cmd)} ended with status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def git_files(top: Path) -> list[str]:
+    """Names below top, without what git ignores; none if it is in no checkout."""
+    if not any((parent / ".git").exists() for parent in (top, *top.parents)):
+        return []
+    # a checkout of another user is one, too
+    names = output(["git", "-C", str(top), "-c", "safe.directory=*", "ls-files", "-coz",
+                    "--exclude-standard"])
+    return [name for name in names.split("\0") if name and os.path.lexists(top / name)]
 
 
 def repository(top: Path) -> list[Path]:
     """Files below top, without what git ignores; all of them where there is no git."""
-    names = output(["git", "-C", str(top), "ls-files", "-coz", "--exclude-standard"]).split("\0")
-    paths = [top / name for name in names if name] or sorted(top.rglob("*"))
+    paths = [top / name for name in git_files(top)] or sorted(top.rglob("*"))
     return [path for path in paths if path.is_file()]
 
 
@@ -170,6 +192,9 @@ def disk_full() -> bool:
 def cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(os.environ.get("CACHE") or Path(base) / "erofs-dio").absolute()
+    if re.search(r"[\s:,'\"]", str(path)):
+        raise Failure(f"CACHE={path}: no kernel can be built and booted in a directory with spaces, "
+                      "colons, commas or quotes in its name: set CACHE= to another one")
     path.mkdir(parents=True, exist_ok=True)
     return path
 

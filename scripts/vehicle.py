@@ -21,7 +21,7 @@ from pathlib import Path
 import apt
 from images import pack
 from kernel import Kernel
-from ui import FULL, REPO, Failure, cache_dir, run, say
+from ui import FULL, REPO, Cut, Failure, cache_dir, output, run, say
 
 # only lines of the kernel log count: what a test program prints is its own business
 BAD = re.compile(r"\[ *\d+\.\d{6}\].*(Kernel panic|BUG:|WARNING:|Oops|KASAN|UBSAN|KMSAN|KCSAN"
@@ -155,7 +155,7 @@ def _initramfs(work: Path, busybox: Path, programs: list[Path], script: str) -> 
         (root / name).mkdir(parents=True)
     for program in (busybox, *programs):
         shutil.copy(program, root / "bin")
-    for name in subprocess.check_output([BUSYBOX, "--list"], text=True).split():
+    for name in output([str(BUSYBOX), "--list"]).split():
         if not (root / "bin" / name).exists():
             (root / "bin" / name).symlink_to("busybox")
     shutil.copy(REPO / "scripts/guest-init", root / "init")
@@ -168,9 +168,11 @@ def _memory_dir(mem: str) -> str:
     """UML keeps guest memory in a file: one on a tmpfs spares the disk."""
     size = int(mem[:-1]) << {"K": 10, "M": 20, "G": 30}[mem[-1]]
     for place in ("/dev/shm", str(cache_dir())):
-        if os.access(place, os.W_OK) and shutil.disk_usage(place).free > size:
+        # it is executed, too
+        if os.access(place, os.W_OK) and shutil.disk_usage(place).free > size \
+                and not os.statvfs(place).f_flag & os.ST_NOEXEC:
             return place
-    raise Failure(FULL)
+    raise Cut(FULL)
 
 
 def _uml(linux: Path, work: Path, disks: list[Path], mem: str, slot: int) -> list[str]:
