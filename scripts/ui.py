@@ -193,8 +193,8 @@ def cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(os.environ.get("CACHE") or Path(base) / "erofs-dio").absolute()
     if re.search(r"[\s:,'\"]", str(path)):
-        raise Failure(f"CACHE={path}: no kernel can be built and booted in a directory with spaces, "
-                      "colons, commas or quotes in its name: set CACHE= to another one")
+        raise Failure(f"CACHE={path}: no kernel can be built and booted in a directory with "
+                      "spaces, colons, commas or quotes in its name: set CACHE= to another one")
     path.mkdir(parents=True, exist_ok=True)
     return path
 

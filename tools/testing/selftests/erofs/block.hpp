@@ -221,7 +221,11 @@ private:
 		if (stop.stop_requested())
 			return;
 		expired_ = true;
-		device_.resume();
+		try {
+			device_.resume();
+		} catch (const Error &) {
+			// whoever waits for it does so until the guest's time is over
+		}
 	}
 	void finish()
 	{
@@ -246,9 +250,7 @@ class Loop
 public:
 	// Without a size of logical blocks, they are those of the device below.
 	explicit Loop(const std::filesystem::path &file, uint32_t block = 0)
-	    : node_("/dev/loop" +
-		    std::to_string(::ioctl(Fd("/dev/loop-control", O_RDWR), LOOP_CTL_GET_FREE))),
-	      device_(node_, O_RDONLY)
+	    : node_("/dev/loop" + std::to_string(free_number())), device_(node_, O_RDONLY)
 	{
 		const Fd backing(file, O_RDONLY);
 		loop_config config{};
@@ -273,6 +275,15 @@ public:
 	}
 
 private:
+	static int free_number()
+	{
+		const int number = ::ioctl(Fd("/dev/loop-control", O_RDWR), LOOP_CTL_GET_FREE);
+		if (number < 0)
+			throw Error("/dev/loop-control", 0, "a free loop device",
+				    errno_text(errno));
+		return number;
+	}
+
 	std::string node_;
 	Fd device_;
 };

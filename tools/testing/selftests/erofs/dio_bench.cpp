@@ -7,10 +7,12 @@
 #include <array>
 #include <barrier>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <deque>
 #include <fstream>
 #include <iostream>
+#include <list>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -27,7 +29,10 @@
 #include <sys/utsname.h>
 #include <xxhash.h>
 
+#include "block.hpp"
 #include "io.hpp"
+#include "memory.hpp"
+#include "trace.hpp"
 
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
@@ -118,6 +123,9 @@ template <unsigned id> void mark()
 	asm volatile("movz xzr, #%c0" ::"i"(0xe200 | id) : "memory");
 #endif
 }
+
+// Who is to end puts back first what he has set.
+volatile std::sig_atomic_t stopped;
 
 size_t huge_bytes()
 {
@@ -467,21 +475,12 @@ private:
 	size_t largest_ = 0;
 };
 
-uint64_t sectors_read(const std::string &device)
+size_t device_bytes(const std::string &device)
 {
-	const auto name = fs::canonical(device).filename();
-	std::ifstream in("/sys/class/block" / name / "stat");
-	uint64_t reads = 0, merged = 0, sectors = 0;
-	in >> reads >> merged >> sectors;
-	return sectors;
-}
-
-void set(const fs::path &path, std::string_view text)
-{
-	std::ofstream out(path);
-	if (!(out << text << std::flush))
-		throw Error(path.string(), 0, "to be set to " + std::string(text),
-			    errno_text(errno));
+	struct stat info;
+	if (::stat(device.c_str(), &info))
+		throw Error(device, 0, "stat", errno_text(errno));
+	return bytes_read(device_number(info.st_rdev));
 }
 
 // All pages that anybody allocates or frees meanwhile. What is freed without having been seen
@@ -489,38 +488,20 @@ void set(const fs::path &path, std::string_view text)
 class PageTrace
 {
 public:
-	PageTrace()
-	{
-		set(top_ / "trace", "");
-		set(top_ / "buffer_size_kb", "16384");
-		enable("1");
-	}
-	PageTrace(const PageTrace &) = delete;
-	PageTrace &operator=(const PageTrace &) = delete;
-	~PageTrace()
-	{
-		try {
-			enable("0");
-		} catch (const std::exception &) {
-			// it only goes on, and who reads it has stopped it already
-		}
-	}
+	PageTrace() { EventTrace::forget(); }
 
-	static bool offered() { return fs::exists(top_ / "events/kmem/mm_page_alloc/enable"); }
+	static bool offered() { return EventTrace::available(kTaken); }
 
 	int64_t peak()
 	{
-		enable("0");
+		events_.clear();
 		int64_t held = 0, highest = 0, before = 0;
 		std::map<uint64_t, int64_t> seen;
-		std::ifstream in(top_ / "trace");
-		for (std::string line; std::getline(in, line);) {
+		for (const auto &line : EventTrace::lines(" mm_page_")) {
 			const bool taken = line.find(" mm_page_alloc: ") != line.npos;
-			if (!taken && line.find(" mm_page_free: ") == line.npos)
-				continue;
-			const auto page = number(line, " pfn=");
+			const auto page = EventTrace::number(line, " pfn=");
 			const auto size = int64_t{::sysconf(_SC_PAGESIZE)}
-					  << number(line, " order=");
+					  << EventTrace::number(line, " order=");
 			if (taken)
 				seen[page] = size;
 			else if (!seen.erase(page))
@@ -534,21 +515,19 @@ public:
 	}
 
 private:
-	static uint64_t number(const std::string &line, std::string_view name)
-	{
-		const auto at = line.find(name);
-		if (at == line.npos)
-			throw Error("trace", 0, "a number" + std::string(name), line);
-		return std::stoull(line.substr(at + name.size()), nullptr, 0);
-	}
+	static constexpr std::string_view kTaken = "kmem/mm_page_alloc",
+					  kFreed = "kmem/mm_page_free";
 
-	static void enable(std::string_view value)
-	{
-		for (const auto *const event : {"mm_page_alloc", "mm_page_free"})
-			set(top_ / "events/kmem" / event / "enable", value);
-	}
+	Setting room_{EventTrace::top() / "buffer_size_kb", "16384"};
+	std::list<EventTrace> events_ = begin();
 
-	static inline const fs::path top_ = "/sys/kernel/tracing";
+	static std::list<EventTrace> begin()
+	{
+		std::list<EventTrace> events;
+		for (const auto event : {kTaken, kFreed})
+			events.emplace_back(event);
+		return events;
+	}
 };
 
 double seconds(Clock::duration time)
@@ -593,6 +572,8 @@ private:
 	// Huge pages may run out at any time, which is no reason to lose what can be measured.
 	template <typename Do> void attempt(const Column &column, Do measure)
 	{
+		if (stopped)
+			throw Error("dio_bench", 0, "to measure all of it", "a signal");
 		try {
 			measure();
 		} catch (const NoHugePages &) {
@@ -612,13 +593,23 @@ private:
 	void pass(const Cell &cell, const Column &column, unsigned round)
 	{
 		std::vector<Work> works(cell.threads);
-		if (!round)
+		std::optional<PathTrace> others;
+		if (!round) {
 			for (auto &work : works)
 				work.hash.emplace(cell.request);
+			if (column.mode == Mode::direct && PathTrace::offered())
+				others.emplace("path != 0");
+			PathTrace::forget();
+		}
 		auto row = column.mode == Mode::floor ? pass_floor(cell, column, works)
 						      : pass_file(cell, column, works);
 		if (!round)
 			verify(column, works);
+		if (const auto count = others ? PathTrace::all().size() : 0)
+			report({{"note", cell.parameters.dump() + ", " + column.name + ": " +
+						 std::to_string(count) +
+						 " reads were not direct (" +
+						 PathTrace::text(PathTrace::taken()) + ")"}});
 		row.update({{"cell", cell.parameters},
 			    {"column", column.name},
 			    {"round", round},
@@ -698,7 +689,7 @@ private:
 		Json row = quantiles(all_latencies(works));
 		row.update({{"seconds", seconds(all.time)},
 			    {"pages", all.pages},
-			    {"device_bytes", all.sectors * 512}});
+			    {"device_bytes", all.device_bytes}});
 		if (column.mode == Mode::dropbehind)
 			row["dropped"] = all.uncached ? "RWF_DONTCACHE" : "posix_fadvise()";
 		return row;
@@ -706,7 +697,7 @@ private:
 
 	struct Reading {
 		Clock::duration time{};
-		size_t pages = 0, sectors = 0;
+		size_t pages = 0, device_bytes = 0;
 		bool uncached = false;
 	};
 
@@ -722,7 +713,7 @@ private:
 			work.offsets = offsets(cell, time * cell.threads + i, sources[i].size());
 			work.latencies.reserve(work.latencies.size() + work.offsets.size());
 		}
-		const auto sectors = sectors_read(column.device);
+		const auto before = device_bytes(column.device);
 		all.time += timed(cell.threads, [&](unsigned i) {
 			if (count_)
 				read_uncounted(sources[i], buffers[i], cell.request, works[i]);
@@ -732,7 +723,7 @@ private:
 			else
 				read_in_turn(sources[i], buffers[i], cell.request, works[i]);
 		});
-		all.sectors += sectors_read(column.device) - sectors;
+		all.device_bytes += device_bytes(column.device) - before;
 		size_t pages = 0;
 		for (size_t i = 0; i < std::min(sources.size(), column.files.size()); ++i)
 			pages += cached_pages(sources[i].fd());
@@ -812,6 +803,8 @@ int main(int argc, char **argv)
 	app.add_option("--rounds", rounds, "passes of each column");
 	app.add_flag("--count", count, "for an emulator that counts: report the first pass, too");
 	CLI11_PARSE(app, argc, argv);
+	for (const int signal : {SIGHUP, SIGINT, SIGTERM})
+		std::signal(signal, [](int) { stopped = 1; });
 	try {
 		utsname system;
 		::uname(&system);

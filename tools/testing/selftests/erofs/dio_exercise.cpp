@@ -617,10 +617,10 @@ public:
 			const auto bytes = memory.bytes();
 			memory.prepare(0, bytes.size());
 			const auto wrong = std::ranges::mismatch(bytes, world_.pattern).in1;
-			if (wrong != bytes.end())
-				throw Error("memory_" + std::string(kMemoryKinds[kind].name),
-					    wrong - bytes.begin(), "what was there before",
-					    "another byte");
+			const auto at = static_cast<size_t>(wrong - bytes.begin());
+			expect_bytes("memory_" + std::string(kMemoryKinds[kind].name), at,
+				     std::span(world_.pattern).subspan(at, bytes.size() - at),
+				     bytes.subspan(at));
 		}
 	}
 
@@ -1074,9 +1074,8 @@ using Files = std::map<std::string, std::vector<std::byte>>;
 Files files_of(const fs::path &truth)
 {
 	Files files;
-	for (const auto &entry : fs::recursive_directory_iterator(truth))
-		if (entry.is_regular_file() && !entry.is_symlink())
-			files.emplace(fs::relative(entry.path(), truth), slurp(entry.path()));
+	for (const auto &name : regular_files(truth))
+		files.emplace(name, slurp(truth / name));
 	return files;
 }
 

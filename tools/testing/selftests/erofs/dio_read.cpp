@@ -4,10 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <exception>
 #include <fstream>
 #include <functional>
-#include <mutex>
 #include <random>
 #include <set>
 #include <thread>
@@ -32,35 +30,6 @@ namespace
 {
 
 const fs::path kFaults = "/sys/kernel/debug/fail_page_alloc";
-
-// The first exception of any of them is one of who joins them.
-class Threads
-{
-public:
-	void start(std::function<void()> body)
-	{
-		threads_.emplace_back([this, body = std::move(body)] {
-			try {
-				body();
-			} catch (...) {
-				const std::scoped_lock lock(mutex_);
-				if (!failed_)
-					failed_ = std::current_exception();
-			}
-		});
-	}
-	void join()
-	{
-		threads_.clear();
-		if (failed_)
-			std::rethrow_exception(failed_);
-	}
-
-private:
-	std::mutex mutex_;
-	std::exception_ptr failed_;
-	std::vector<std::jthread> threads_; // end first
-};
 
 std::string reader(const Target &target, std::string_view how, size_t step)
 {
@@ -107,18 +76,17 @@ public:
 	explicit CachedOnce(const Target &target)
 	    : path_(target.path), added_(kEvent, "i_ino == " + std::to_string(inode(target)))
 	{
-		// without it, nothing would ever be cached twice
-		if (!EventTrace::available(kEvent))
-			throw Error(kEvent, 0, "an event of the kernel", "none");
 	}
 	void check() const
 	{
 		std::set<size_t> seen;
 		size_t again = 0;
 		for (const auto &line : EventTrace::lines(" mm_filemap_add_to_page_cache: "))
-			for (size_t first = number(line, " ofs=") / kPage, i = 0;
-			     i < size_t{1} << number(line, " order="); ++i)
+			for (size_t first = EventTrace::number(line, " ofs=") / kPage, i = 0;
+			     i < size_t{1} << EventTrace::number(line, " order="); ++i)
 				again += !seen.insert(first + i).second;
+		if (seen.empty())
+			throw Error(path_.string(), 0, "pages that come to the cache", "none");
 		if (again > seen.size() / 8)
 			throw Error(path_.string(), 0,
 				    std::to_string(seen.size()) + " pages cached once",
@@ -132,13 +100,6 @@ private:
 		if (::fstat(target.fd, &info))
 			throw Error(target.path.string(), 0, "fstat", errno_text(errno));
 		return info.st_ino;
-	}
-	static size_t number(const std::string &line, std::string_view name)
-	{
-		const auto at = line.find(name);
-		if (at == line.npos)
-			throw Error(kEvent, 0, "a number" + std::string(name), line);
-		return std::stoul(line.substr(at + name.size()));
 	}
 
 	static constexpr std::string_view kEvent = "filemap/mm_filemap_add_to_page_cache";
@@ -396,7 +357,7 @@ public:
 			++reads_;
 			const auto got = ::preadv(target.fd, parts.data(), parts.size(), 0);
 			const auto size = target.expect(0, parts.size() * kPage).size();
-			expect_value(target, "bytes", size, static_cast<size_t>(got));
+			expect(target.path, 0, "bytes", static_cast<ssize_t>(size), got);
 			for (const size_t at : {size_t{0}, 2 * kPage})
 				expect_pattern("the neighbours of a page read twice", first.bytes(),
 					       at, kPage);
@@ -420,12 +381,12 @@ public:
 					for (size_t i = 0; !stop.stop_requested(); i += 61)
 						bytes[i % length] = static_cast<std::byte>(i);
 				});
+				const auto want = target.expect(offset, length).size();
 				for (int i = 0; i < kReads; ++i)
-					if (::pread(target.fd, aligned(), length,
-						    static_cast<off_t>(offset)) < 0)
-						throw Error(target.path.string(),
-							    static_cast<off_t>(offset), "data",
-							    errno_text(errno));
+					expect(target.path, offset, "bytes",
+					       static_cast<ssize_t>(want),
+					       ::pread(target.fd, aligned(), length,
+						       static_cast<off_t>(offset)));
 				reads_ += kReads;
 			}
 			refill(length);
@@ -493,9 +454,8 @@ public:
 		const CachedOnce cached(*target);
 		PathTrace::forget();
 		++reads_;
-		expect_value(
-			*target, "bytes read", want.size(),
-			static_cast<size_t>(::pread(target->fd, bytes.data() + kPage, length, 0)));
+		expect(target->path, 0, "bytes", static_cast<ssize_t>(want.size()),
+		       ::pread(target->fd, bytes.data() + kPage, length, 0));
 		if (!PathTrace::taken().contains("private"))
 			throw Error(target->path.string(), 0, "private", "no such event");
 		cached.check();
@@ -535,13 +495,15 @@ public:
 			std::ofstream(kFaults / "min-order") << (i % 3 == 2);
 			const bool on = ::pwrite(fail, "1", 1, 0) == 1;
 			const auto got = ::pread(target->fd, aligned(), kMiB, 0);
+			const int code = errno;
 			const bool off = ::pwrite(fail, "0", 1, 0) == 1;
 			++reads_;
 			if (!on || !off)
 				throw Error("/proc/self/make-it-fail", 0, "a switch",
 					    errno_text(errno));
-			expect_value(*target, "bytes read", std::min(kMiB, target->size()),
-				     static_cast<size_t>(got));
+			errno = code;
+			expect(target->path, 0, "bytes",
+			       static_cast<ssize_t>(std::min(kMiB, target->size())), got);
 			expect_truth(*target, 0, aligned(), static_cast<size_t>(got));
 		}
 		if (!PathTrace::taken().contains("nomem"))
@@ -649,15 +611,8 @@ public:
 private:
 	static std::vector<Target> open_all(const fs::path &mount, const fs::path &truth)
 	{
-		std::vector<std::string> names;
-		for (const auto &entry : fs::recursive_directory_iterator(truth))
-			if (entry.is_regular_file() && !entry.is_symlink())
-				names.push_back(fs::relative(entry.path(), truth));
-		if (names.empty())
-			throw Error(truth.string(), 0, "files", "none");
-		std::ranges::sort(names);
 		std::vector<Target> targets;
-		for (const auto &name : names)
+		for (const auto &name : regular_files(truth))
 			targets.push_back(open_target(mount, name, slurp(truth / name)));
 		return targets;
 	}
@@ -760,7 +715,8 @@ private:
 		std::vector<std::byte> bytes(target.expect(offset, length).size());
 		const auto got =
 			::pread(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-		expect_value(target, "buffered bytes", bytes.size(), static_cast<size_t>(got));
+		expect(target.path, offset, "buffered bytes", static_cast<ssize_t>(bytes.size()),
+		       got);
 		expect_truth(target, offset, bytes.data(), bytes.size());
 	}
 
@@ -808,7 +764,7 @@ private:
 		const auto taken = PathTrace::taken();
 		if (taken != std::set{path})
 			fail(call, Error(target.path.string(), static_cast<off_t>(offset), path,
-					 taken.empty() ? "no event" : *taken.begin()));
+					 PathTrace::text(taken)));
 	}
 
 	const Target *compressed() const

@@ -95,13 +95,13 @@ public:
 		std::ifstream in(path);
 		if (!in)
 			throw Error(path.string(), 0, "a file", errno_text(errno));
-		off_t number = 0;
+		size_t number = 0;
 		for (std::string line; std::getline(in, line); ++number)
 			try {
 				add(Json::parse(line));
 			} catch (const Json::exception &error) {
-				throw Error(path.string(), number, "a result on this line",
-					    error.what());
+				throw Error(path.string() + ", line " + std::to_string(number + 1),
+					    0, "a result", error.what());
 			}
 		if (!number)
 			throw Error(path.string(), 0, "results", "none");

@@ -15,6 +15,7 @@
 #include <xxhash.h>
 
 #include "io.hpp"
+#include "trace.hpp"
 
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
@@ -128,6 +129,8 @@ size_t total_cached(const Reader &reader, const std::vector<Listed> &files)
 void verify(const Reader &reader, const std::vector<Listed> &files, int flags)
 {
 	const auto mount = reader.mount();
+	const PathTrace others("path != 0");
+	PathTrace::forget();
 	auto wrong = Json::array();
 	for (const auto &file : files)
 		if (const auto hash = reader.hash(file, flags); hash != file.hash)
@@ -136,6 +139,7 @@ void verify(const Reader &reader, const std::vector<Listed> &files, int flags)
 	report({{"verify", mode_name(flags)},
 		{"files", files.size()},
 		{"wrong", wrong},
+		{"not_direct", PathTrace::all().size()},
 		{"pages", total_cached(reader, files)}});
 }
 

@@ -10,6 +10,7 @@
 #include "image.hpp"
 #include "io.hpp"
 #include "ktap.hpp"
+#include "target.hpp"
 
 namespace fs = std::filesystem;
 
@@ -77,26 +78,6 @@ void write_content(const erofs::Image &image, const fs::path &path)
 		throw Error("standard output", 0, "a successful write", "an error");
 }
 
-void compare_part(const Fd &truth, const fs::path &path, uint64_t at,
-		  std::span<const std::byte> part)
-{
-	std::vector<std::byte> expected(part.size());
-	for (size_t done = 0; done < expected.size();) {
-		const auto got = ::pread(truth, &expected[done], expected.size() - done,
-					 static_cast<off_t>(at + done));
-		if (got <= 0)
-			throw Error(path.string(), static_cast<off_t>(at + done),
-				    "all of the truth", got ? errno_text(errno) : "end of file");
-		done += static_cast<size_t>(got);
-	}
-	const auto [left, right] = std::ranges::mismatch(expected, part);
-	if (left != expected.end())
-		throw Error(path.string(),
-			    static_cast<off_t>(at) + std::distance(expected.begin(), left),
-			    std::to_string(static_cast<unsigned>(*left)),
-			    std::to_string(static_cast<unsigned>(*right)));
-}
-
 void compare_file(const erofs::Image &image, const erofs::Entry &entry, const fs::path &truth)
 {
 	const Fd fd(truth / entry.path, O_RDONLY);
@@ -104,18 +85,8 @@ void compare_file(const erofs::Image &image, const erofs::Entry &entry, const fs
 		throw Error(entry.path.string(), 0, std::to_string(size) + " bytes in all",
 			    std::to_string(entry.size));
 	for_each_part(image, entry, [&](uint64_t at, std::span<const std::byte> part) {
-		compare_part(fd, entry.path, at, part);
+		expect_bytes(entry.path, at, slurp(truth / entry.path, fd, at, part.size()), part);
 	});
-}
-
-std::vector<fs::path> regular_files(const fs::path &top)
-{
-	std::vector<fs::path> paths;
-	for (const auto &item : fs::recursive_directory_iterator(top))
-		if (item.is_regular_file() && !item.is_symlink())
-			paths.push_back(item.path().lexically_relative(top));
-	std::ranges::sort(paths);
-	return paths;
 }
 
 // All files are compared, so that one that is wrong hides no other.

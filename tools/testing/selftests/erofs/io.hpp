@@ -4,11 +4,15 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
+#include <exception>
 #include <filesystem>
+#include <functional>
+#include <mutex>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -62,6 +66,35 @@ private:
 	int fd_;
 };
 
+// The first exception of any of them is one of who joins them.
+class Threads
+{
+public:
+	void start(std::function<void()> body)
+	{
+		threads_.emplace_back([this, body = std::move(body)] {
+			try {
+				body();
+			} catch (...) {
+				const std::scoped_lock lock(mutex_);
+				if (!failed_)
+					failed_ = std::current_exception();
+			}
+		});
+	}
+	void join()
+	{
+		threads_.clear();
+		if (failed_)
+			std::rethrow_exception(failed_);
+	}
+
+private:
+	std::mutex mutex_;
+	std::exception_ptr failed_;
+	std::vector<std::jthread> threads_; // end first
+};
+
 class Mapping
 {
 public:
@@ -81,6 +114,14 @@ public:
 private:
 	std::span<std::byte> bytes_;
 };
+
+inline void write_text(const std::filesystem::path &path, std::string_view text)
+{
+	const Fd fd(path, O_WRONLY | O_TRUNC);
+	if (::write(fd, text.data(), text.size()) != static_cast<ssize_t>(text.size()))
+		throw Error(path.string(), 0, "to be set to " + std::string(text),
+			    errno_text(errno));
+}
 
 inline size_t file_size(int fd)
 {

@@ -36,6 +36,8 @@ public:
 		// of several choices the present one is in brackets
 		if (const auto open = old_.find('['); open != old_.npos)
 			old_ = old_.substr(open + 1, old_.find(']') - open - 1);
+		// .. and what is behind a value explains it
+		old_ = old_.substr(0, old_.find(' '));
 		std::ofstream(path_) << value;
 	}
 	Setting(const Setting &) = delete;
@@ -130,7 +132,8 @@ public:
 		end = std::min((end + page - 1) / page * page, bytes_.size());
 		const auto part = bytes_.subspan(begin, end - begin);
 		if (::madvise(part.data(), part.size(), advice_))
-			throw Error("madvise", advice_, "success", errno_text(errno));
+			throw Error("madvise " + std::to_string(advice_), 0, "success",
+				    errno_text(errno));
 		prepared_ += advice_ == MADV_PAGEOUT ? swapped_pages(part) : part.size() / page;
 		// what is only read is in memory and in swap
 		for (size_t at = 0; advice_ == MADV_PAGEOUT && at < part.size(); at += 2 * page)
@@ -140,7 +143,8 @@ public:
 	Memory advised(int advice) &&
 	{
 		if (::madvise(bytes_.data(), bytes_.size(), advice) && errno != EINVAL)
-			throw Error("madvise", advice, "success", errno_text(errno));
+			throw Error("madvise " + std::to_string(advice), 0, "success",
+				    errno_text(errno));
 		return std::move(*this);
 	}
 	Memory filled(std::span<const std::byte> content) &&

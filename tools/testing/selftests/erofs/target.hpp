@@ -60,8 +60,11 @@ inline void expect(const std::filesystem::path &file, size_t offset, std::string
 inline void expect_bytes(const std::filesystem::path &file, size_t offset,
 			 std::span<const std::byte> want, std::span<const std::byte> got)
 {
+	if (got.size() < want.size())
+		throw Error(file.string(), static_cast<off_t>(offset),
+			    std::to_string(want.size()) + " bytes", std::to_string(got.size()));
 	const auto [expected, wrong] = std::ranges::mismatch(want, got);
-	if (expected != want.end() && wrong != got.end())
+	if (expected != want.end())
 		throw Error(file.string(), static_cast<off_t>(offset) + (expected - want.begin()),
 			    "byte " + std::to_string(std::to_integer<int>(*expected)),
 			    std::to_string(std::to_integer<int>(*wrong)));
@@ -80,19 +83,38 @@ inline void read_singly(const Target &target, const std::filesystem::path &name,
 	}
 }
 
-inline std::vector<std::byte> slurp(const std::filesystem::path &path)
+// By their paths below `top`, in order.
+inline std::vector<std::filesystem::path> regular_files(const std::filesystem::path &top)
 {
-	const Fd fd(path, O_RDONLY);
-	std::vector<std::byte> data(file_size(fd));
-	for (size_t done = 0; done < data.size();) {
-		const auto got = ::pread(fd, data.data() + done, data.size() - done,
-					 static_cast<off_t>(done));
+	std::vector<std::filesystem::path> paths;
+	for (const auto &item : std::filesystem::recursive_directory_iterator(top))
+		if (item.is_regular_file() && !item.is_symlink())
+			paths.push_back(item.path().lexically_relative(top));
+	if (paths.empty())
+		throw Error(top.string(), 0, "files", "none");
+	std::ranges::sort(paths);
+	return paths;
+}
+
+inline std::vector<std::byte> slurp(const std::filesystem::path &path, const Fd &fd, size_t offset,
+				    size_t length)
+{
+	std::vector<std::byte> data(length);
+	for (size_t done = 0; done < length;) {
+		const auto got = ::pread(fd, data.data() + done, length - done,
+					 static_cast<off_t>(offset + done));
 		if (got <= 0)
-			throw Error(path.string(), static_cast<off_t>(done), "data",
+			throw Error(path.string(), static_cast<off_t>(offset + done), "data",
 				    got ? errno_text(errno) : "end of file");
 		done += static_cast<size_t>(got);
 	}
 	return data;
+}
+
+inline std::vector<std::byte> slurp(const std::filesystem::path &path)
+{
+	const Fd fd(path, O_RDONLY);
+	return slurp(path, fd, 0, file_size(fd));
 }
 
 // Where the extents of a file begin in it, and whether any has a place of its own on a device.
@@ -115,7 +137,8 @@ inline Extents extents(int fd)
 		map->fm_extent_count = kBatch;
 		// FS_IOC_FIEMAP, but <linux/fs.h> does not go with <sys/mount.h> of glibc 2.36
 		if (::ioctl(fd, _IOWR('f', 11, fiemap), map))
-			break;
+			throw Error("FIEMAP", static_cast<off_t>(start), "success",
+				    errno_text(errno));
 		for (const auto &extent : std::span(map->fm_extents, map->fm_mapped_extents)) {
 			all.starts.push_back(extent.fe_logical);
 			all.placed |= extent.fe_physical != 0;

@@ -23,8 +23,10 @@ public:
 	explicit EventTrace(std::string_view event, const std::string &filter = "0")
 	    : event_(top() / "events" / event)
 	{
-		std::ofstream(event_ / "filter") << filter;
-		std::ofstream(event_ / "enable") << 1;
+		if (!available(event))
+			throw Error(event, 0, "an event of the kernel", "none");
+		write_text(event_ / "filter", filter);
+		write_text(event_ / "enable", "1");
 	}
 	EventTrace(const EventTrace &) = delete;
 	EventTrace &operator=(const EventTrace &) = delete;
@@ -44,10 +46,16 @@ public:
 				found.push_back(line);
 		return found;
 	}
-
-private:
+	static uint64_t number(const std::string &line, std::string_view name)
+	{
+		const auto at = line.find(name);
+		if (at == line.npos)
+			throw Error("trace", 0, "a number" + std::string(name), line);
+		return std::stoull(line.substr(at + name.size()), nullptr, 0);
+	}
 	static std::filesystem::path top() { return "/sys/kernel/tracing"; }
 
+private:
 	std::filesystem::path event_;
 };
 
@@ -55,13 +63,9 @@ private:
 class PathTrace : public EventTrace
 {
 public:
-	// Who reads directly has it.
-	explicit PathTrace(const std::string &filter = "0") : EventTrace(kEvent, filter)
-	{
-		if (!available(kEvent))
-			throw Error(kEvent, 0, "an event of the kernel", "none");
-	}
+	explicit PathTrace(const std::string &filter = "0") : EventTrace(kEvent, filter) {}
 
+	static bool offered() { return available(kEvent); }
 	static std::vector<std::string> all() { return lines(" erofs_dio_read: "); }
 	static std::set<std::string> taken()
 	{
@@ -69,6 +73,14 @@ public:
 		for (const auto &line : all())
 			paths.insert(line.substr(line.rfind(' ') + 1));
 		return paths;
+	}
+	// To be printed.
+	static std::string text(const std::set<std::string> &paths)
+	{
+		std::string all;
+		for (const auto &path : paths)
+			all += (all.empty() ? "" : "+") + path;
+		return all.empty() ? "no event" : all;
 	}
 
 private:
