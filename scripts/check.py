@@ -75,6 +75,9 @@ class Settings:
         pages = os.environ.get("PAGES") or "4K"
         if pages not in ("4K", "16K"):
             raise Failure(f"PAGES={pages}: set it to 4K or 16K")
+        if number("SOAK") > WEEK // 2:
+            raise Failure(f"SOAK={number('SOAK')}: a guest runs for a week at most: set it to "
+                          f"{WEEK // 2} or less")
         return Settings(bool(number("SAN")), number("SOAK"), number("READS", READS),
                         number("SEED", 1), os.environ.get("ONLY") or "*",
                         os.environ.get("REPLAY") or "", pages)

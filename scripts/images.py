@@ -16,7 +16,8 @@ from typing import Any
 import apt
 from programs import built
 from tools import erofs_utils
-from ui import FULL, JOBS, Cut, Failure, digest, entry, main, output, run, state, step, walk
+from ui import (FULL, JOBS, Cut, Failure, cache_dir, digest, entry, main, output, run, state, step,
+                walk)
 
 MIB = 1 << 20
 # Enough for steady figures; LZMA, at 50 MiB/s, would take minutes for all of it.
@@ -237,6 +238,9 @@ def caller_data(inside: Data) -> Data:
 def user_data(top: Path) -> Data:
     if not top.is_dir():
         raise Failure(f"DATA={top}: no such directory: name one with the files to compress")
+    if cache_dir().resolve().is_relative_to(top.resolve()):
+        raise Failure(f"DATA={top}: images of it would be kept inside, in {cache_dir()}: name "
+                      "another directory, or set CACHE=")
     with step(f"hashing {top}"):
         made = entry("list", digest(str(top), state(top)),
                      lambda work: describe(top, work / "list.json", f"DATA={top}"))

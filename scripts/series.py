@@ -228,7 +228,7 @@ def emit() -> None:
         mails = _mails(scratch, out, version, commits, cover)
         for commit, mail in zip(commits, mails, strict=True):
             # every mail with a new file gets this warning, whichever of them changes MAINTAINERS
-            ignore = ["--ignore=FILE_PATH_CHANGES"] if "MAINTAINERS" in touched else []
+            ignore = ["--ignore=FILE_PATH_CHANGES"]
             if any(path.startswith("include/trace/") for path in commit.touched()):
                 # TRACE_EVENT() looks like a function call but is not laid out like one
                 ignore += ["--ignore=OPEN_ENDED_LINE,PARENTHESIS_ALIGNMENT"]
