@@ -17,10 +17,12 @@
 #include <linux/blkdev.h>
 #include <linux/cacheinfo.h>
 #include <linux/dma-mapping.h>
+#include <linux/hash.h>
 #include <linux/memremap.h>
 #include <linux/ratelimit.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
+#include <linux/semaphore.h>
 #include <trace/events/erofs.h>
 
 /* Destination bytes which are pinned and decoded together */
@@ -37,6 +39,8 @@
 #define Z_EROFS_DIO_STAGED		2
 /* .. and those of all of a superblock, for each CPU */
 #define Z_EROFS_DIO_STAGED_PER_CPU	4
+/* .. and those in line for that: whoever submits more waits as for a device */
+#define Z_EROFS_DIO_MAX_WINDOWS		1024
 /* Larger requests are always synchronous: others are pinned as a whole */
 #define Z_EROFS_DIO_MAX_ASYNC		SZ_32M
 /* One more CPU is asked to help for each of so many bytes of a window */
@@ -194,6 +198,7 @@ struct z_erofs_dio_req {
  */
 struct z_erofs_dio_workers {
 	struct workqueue_struct *wq;
+	struct semaphore windows;	/* how many more there may be */
 	spinlock_t lock;		/* of the rest, and of those of requests */
 	unsigned int nr_staged;
 	struct list_head waiting;	/* windows in line for a slot */
@@ -395,7 +400,59 @@ static bool z_erofs_dio_is_foreign(const struct bio_vec *bv)
 	return false;
 }
 
-/* Gather the destination, or -ENOTBLK if it is not for decoders */
+/* Which bytes of the @i-th page are listed at its place */
+static struct bio_vec z_erofs_dio_listed(const struct z_erofs_dio_dest *d,
+					 unsigned int i)
+{
+	const struct z_erofs_dio_seg *seg = d->segs;
+	unsigned int start = i << PAGE_SHIFT, from;
+
+	while (seg->base + seg->len <= start)
+		++seg;
+	from = max(seg->base, start);
+	return (struct bio_vec) {
+		.bv_offset = from - start,
+		.bv_len = min_t(unsigned int, seg->base + seg->len,
+				start + PAGE_SIZE) - from,
+	};
+}
+
+/*
+ * A page may be listed twice, by way of two mappings, or as one that nobody
+ * looks at.  Matches that are to be copied from there would be those of another
+ * place, and end up in pages which are listed once.
+ */
+static int z_erofs_dio_check_repeats(const struct z_erofs_dio_dest *d)
+{
+	unsigned int bits = order_base_2(d->nr_pages) + 1, i, at;
+	struct bio_vec a, b;
+	u16 *seen;
+	int err = 0;
+
+	/* at most one in two is used; 0 if it is not */
+	seen = kvzalloc_objs(*seen, BIT(bits));
+	if (!seen)
+		return -ENOMEM;
+	for (i = 0; i < d->nr_pages && !err; seen[at] = ++i) {
+		at = hash_ptr(d->pages[i], bits);
+		for (; seen[at]; at = (at + 1) & (BIT(bits) - 1)) {
+			if (d->pages[seen[at] - 1] != d->pages[i])
+				continue;
+			a = z_erofs_dio_listed(d, seen[at] - 1);
+			b = z_erofs_dio_listed(d, i);
+			if (a.bv_offset < b.bv_offset + b.bv_len &&
+			    b.bv_offset < a.bv_offset + a.bv_len)
+				err = -EEXIST;
+		}
+	}
+	kvfree(seen);
+	return err;
+}
+
+/*
+ * Gather the destination, or -ENOTBLK if it is not for decoders, or -EEXIST if
+ * some of it is listed twice.
+ */
 static int z_erofs_dio_gather(struct z_erofs_dio_window *w)
 {
 	struct z_erofs_dio_dest *d = &w->dest;
@@ -424,7 +481,7 @@ static int z_erofs_dio_gather(struct z_erofs_dio_window *w)
 			pos += bv.bv_len;
 		}
 	}
-	return 0;
+	return z_erofs_dio_check_repeats(d);
 }
 
 static void z_erofs_dio_copy_page(const struct z_erofs_dio_dest *d, loff_t pos,
@@ -1228,6 +1285,8 @@ static void z_erofs_dio_free_window(struct z_erofs_dio_window *w)
 		vm_unmap_ram(w->dest.addr, w->dest.nr_pages);
 	kvfree(w->dest.pages);
 	kvfree(w->dest.segs);
+	if (w->req->async)
+		up(&EROFS_I_SB(w->inode)->dio_workers->windows);
 	z_erofs_dio_put_req(w->req);
 	kvfree(w);
 }
@@ -1718,8 +1777,8 @@ static int z_erofs_dio_fill_cached(struct z_erofs_dio_window *w)
 	iocb.ki_pos = w->pos;
 	bio_list_for_each(bio, &w->bios) {
 		/* not page by page: each call drops the folios it has read */
-		iov_iter_bvec(&to, ITER_DEST, bio->bi_io_vec, bio->bi_vcnt,
-			      bio->bi_iter.bi_size);
+		iov_iter_bvec(&to, ITER_DEST, bio->bi_io_vec,
+			      bio_segments(bio), bio->bi_iter.bi_size);
 		to.iov_offset = bio->bi_iter.bi_offset;
 		while (iov_iter_count(&to) && iocb.ki_pos < w->end) {
 			ret = filemap_read(&iocb, &to, 0);
@@ -1750,27 +1809,41 @@ static bool z_erofs_dio_unstage(struct z_erofs_dio_window *w)
 	return true;
 }
 
+/* Why a window which failed like this may yet be read in another way */
+static enum z_erofs_dio_path z_erofs_dio_reason(int err)
+{
+	switch (err) {
+	case -ENOMEM:
+		return Z_EROFS_DIO_NOMEM;
+	case -ENOTBLK:
+		return Z_EROFS_DIO_PRIVATE;
+	case -EEXIST:
+		return Z_EROFS_DIO_OVERLAP;
+	case -EINVAL:
+		return Z_EROFS_DIO_MISALIGNED;
+	}
+	return Z_EROFS_DIO_DIRECT;
+}
+
 /* All has been filled, or something failed */
 static void z_erofs_dio_end(struct z_erofs_dio_window *w)
 {
+	enum z_erofs_dio_path path = z_erofs_dio_reason(w->err);
 	struct bio_list bios = w->bios;
 	blk_status_t status = BLK_STS_OK;
 	struct bio *bio;
 	unsigned int i;
 	int err = w->err;
 
-	if (err == -ENOMEM || err == -ENOTBLK || err == -EINVAL) {
-		trace_erofs_dio_read(w->inode, w->pos, w->end - w->pos,
-				     err == -ENOMEM ? Z_EROFS_DIO_NOMEM :
-				     err == -ENOTBLK ? Z_EROFS_DIO_PRIVATE :
-						       Z_EROFS_DIO_MISALIGNED);
+	if (path != Z_EROFS_DIO_DIRECT) {
+		trace_erofs_dio_read(w->inode, w->pos, w->end - w->pos, path);
 		err = z_erofs_dio_fill_cached(w);
 	}
 	/* as if it were buffered: no other error is expected by callers */
 	if (err)
 		status = err == -ENOMEM ? BLK_STS_RESOURCE : BLK_STS_IOERR;
-	/* nobody is going to see this one, nor is it one of the filesystem */
-	if (err == -EINTR)
+	/* who is killed doesn't see this one, nor is it one of the filesystem */
+	if (err == -EINTR || err == -ERESTARTSYS)
 		status = BLK_STS_AGAIN;
 	for (i = 0; i < w->dest.nr_pages; ++i)
 		flush_dcache_page(w->dest.pages[i]);
@@ -1795,7 +1868,7 @@ static void z_erofs_dio_work(struct work_struct *work)
 	/* reclaim may wait for the submitter, who can be a block device */
 	unsigned int noio = memalloc_noio_save();
 
-	/* if its turn has just come, nothing is staged: that's done first then */
+	/* if its turn has just come, nothing is staged yet, nor to be filled */
 	while (z_erofs_dio_unstage(w)) {
 		/* the last bio will queue this work again, or has done so */
 		if (!z_erofs_dio_stage(w))
@@ -1829,14 +1902,15 @@ static void z_erofs_dio_end_staged(struct z_erofs_dio_req *rq,
 /* While a window is decoded here, the device is to read for the next one */
 static void z_erofs_dio_queue_sync(struct z_erofs_dio_window *w)
 {
+	struct blk_plug *plug = current->plug;
+
 	init_completion(&w->done);
 	z_erofs_dio_stage(w);
-	/*
-	 * .. so don't leave it in a plug.  Whoever has started that, iomap or a
-	 * caller, may finish it again; modules can't use blk_flush_plug().
-	 */
-	if (current->plug)
-		blk_finish_plug(current->plug);
+	/* .. so don't leave it in a plug; modules can't use blk_flush_plug() */
+	if (plug) {
+		blk_finish_plug(plug);
+		blk_start_plug(plug);
+	}
 	z_erofs_dio_end_staged(w->req, w);
 }
 
@@ -1867,6 +1941,8 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 	struct block_device *bdev = erofs_dio_bdev(inode);
 	/* those of the device below an image can be larger */
 	unsigned int bs = max(i_blocksize(inode), erofs_dio_unit(bdev));
+	struct z_erofs_dio_workers *p = EROFS_I_SB(inode)->dio_workers;
+	struct z_erofs_dio_req *rq = iter->private;
 	struct z_erofs_dio_window *w;
 	unsigned int nr;
 	loff_t end;
@@ -1890,15 +1966,21 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 		length = min(length, end - pos);
 	}
 
+	/* none of those in line depends on who waits here: he has no turn */
+	if (rq->async && down_killable(&p->windows))
+		return -ENOTBLK;
 	nr = min_t(u64, (length >> inode->i_blkbits) + 2,
 		   Z_EROFS_DIO_MAX_EXTENTS);
-	w = kvzalloc_flex(*w, ext, nr);
-	if (!w)
+	w = kvzalloc_flex(*w, ext, nr, GFP_KERNEL_ACCOUNT);
+	if (!w) {
+		if (rq->async)
+			up(&p->windows);
 		return -ENOTBLK;
+	}
 	w->max_ext = nr;
-	w->req = iter->private;
-	refcount_inc(&w->req->ref);
-	w->keep = w->req->keep;
+	w->req = rq;
+	refcount_inc(&rq->ref);
+	w->keep = rq->keep;
 	w->inode = inode;
 	w->pos = pos;
 	w->start = pos;
@@ -1959,8 +2041,8 @@ static const struct iomap_ops z_erofs_dio_iomap_ops = {
 static const struct iomap_dio_ops z_erofs_dio_ops = {
 	.submit_io = z_erofs_dio_submit_io,
 	/*
-	 * All bios of a window are held until it is done, thus not those of
-	 * fs_bio_set: without any memory for more, only this waits for some.
+	 * A window holds all its bios until it is done.  With those of
+	 * fs_bio_set, others would have to wait for it if there is no memory.
 	 */
 	.bio_set = &z_erofs_dio_bioset,
 };
@@ -1980,10 +2062,12 @@ static bool z_erofs_dio_get_workers(struct super_block *sb)
 	if (!new)
 		return false;
 	*new = (struct z_erofs_dio_workers) {
-		.wq = alloc_workqueue("erofs_dio/%s", WQ_UNBOUND | WQ_HIGHPRI,
-				      num_possible_cpus(), sb->s_id),
+		.wq = alloc_workqueue("erofs_dio/%s", WQ_UNBOUND | WQ_HIGHPRI |
+				      WQ_MEM_RECLAIM, num_possible_cpus(),
+				      sb->s_id),
 		.waiting = LIST_HEAD_INIT(new->waiting),
 	};
+	sema_init(&new->windows, Z_EROFS_DIO_MAX_WINDOWS);
 	spin_lock_init(&new->lock);
 	if (new->wq && !cmpxchg(p, NULL, new))
 		return true;
@@ -2059,7 +2143,8 @@ void z_erofs_dio_exit(void)
  * A bio that can't hold a logical block of the vector makes iomap fail, so each
  * part has to be a multiple of it.  They must not overlap: the last one wins if
  * they are filled one after the other, but an LZ4 extent needs all its output
- * until it is done.  Those who pass bvecs that overlap get what they ask for.
+ * until it is done.  Pages of one window are compared later, see
+ * z_erofs_dio_check_repeats().
  */
 static enum z_erofs_dio_path z_erofs_dio_vector(const struct iov_iter *to,
 						unsigned int mask)
@@ -2285,8 +2370,8 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
  * Return: Number of bytes read, 0 at EOF, or a negative error code: -EIOCBQUEUED
  * if an asynchronous request is going to be completed later, -EFAULT if @to
  * can't be written, -EIO if the device failed or the data is corrupted, -ENOMEM
- * if even iomap can't allocate, -EINTR if the task has been killed.  On errors
- * the contents of @to are undefined.
+ * if even iomap can't allocate, -EINTR or -EAGAIN if the task has been killed.
+ * On errors the contents of @to are undefined.
  */
 ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
 {

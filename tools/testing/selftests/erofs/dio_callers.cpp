@@ -1316,6 +1316,38 @@ public:
 		return {};
 	}
 
+	// Whoever submits more and more of them waits before they take all memory.
+	Result submission_is_bounded()
+	{
+		if (auto reason = missing(Way::aio))
+			return reason;
+		// some more than may be in line
+		constexpr size_t kRequests = 1024 + 64;
+		Volume volume(device_.node(), options_);
+		warm(volume.big);
+		std::vector<Piece> pieces;
+		for (size_t i = 0; i < kRequests; ++i)
+			pieces.push_back({i * kPage, kPage});
+		Reads reads(volume.big, pieces, Way::aio);
+		std::atomic<size_t> submitted = 0;
+		Suspended held(device_);
+		Threads threads;
+		threads.start([&] {
+			for (size_t i = 0; i < kRequests; ++i, ++submitted)
+				reads.submit(i);
+		});
+		size_t now = 0;
+		for (size_t last = 1; now != last || !now; last = std::exchange(now, submitted))
+			std::this_thread::sleep_for(std::chrono::milliseconds(200));
+		held.resume();
+		threads.join();
+		reads.finish();
+		if (now == kRequests)
+			throw Error(volume.big.path.string(), 0, "a submitter that has to wait",
+				    std::to_string(now) + " requests in line");
+		return {};
+	}
+
 	Result many_requests()
 	{
 		Volume volume(device_.node(), options_);
@@ -1830,6 +1862,7 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"cgroup_of_submitter", [&] { return tester.cgroup_of_submitter(); }},
 		{"many_requests", [&] { return tester.many_requests(); }},
 		{"staging_is_bounded", [&] { return tester.staging_is_bounded(); }},
+		{"submission_is_bounded", [&] { return tester.submission_is_bounded(); }},
 		{"unmount_after", [&] { return tester.unmount_after(); }},
 		// last, since whoever hangs there keeps what he uses
 		{"turns_of_a_failing_device", [&] { return tester.turns_of_a_failing_device(); }},

@@ -367,6 +367,46 @@ public:
 		return {};
 	}
 
+	// Nor must pages that are listed once, though matches are copied from one listed twice.
+	Result repeated_page()
+	{
+		constexpr size_t kPages = 64;
+		const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+		const Fd memory(::memfd_create("page", MFD_CLOEXEC), "memfd");
+		if (::ftruncate(memory, kPages * page))
+			throw Error("memfd", 0, "ftruncate", errno_text(errno));
+		const Mapping map(kPages * page, PROT_READ | PROT_WRITE, MAP_SHARED, memory);
+		const auto bytes = map.bytes();
+		if (::mmap(bytes.data() + page, page, PROT_READ | PROT_WRITE,
+			   MAP_SHARED | MAP_FIXED, memory, 0) == MAP_FAILED)
+			throw Error("memfd", 0, "its first page twice", errno_text(errno));
+		const PathTrace trace;
+		const auto before = reads_;
+		for (const auto &target : targets_)
+			for (size_t offset = 0;
+			     target.compressed && offset < std::min(target.size(), 4 * kMiB);
+			     offset += kMiB / 2) {
+				target.uncache();
+				PathTrace::forget();
+				const auto want = target.expect(offset, bytes.size());
+				++reads_;
+				expect(target.path, offset, "bytes",
+				       static_cast<ssize_t>(want.size()),
+				       ::pread(target.fd, bytes.data(), bytes.size(),
+					       static_cast<off_t>(offset)));
+				// whose second part is the one that is read last
+				const auto first = want.size() > page ? page : 0;
+				expect_bytes(target.path, offset + first, want.subspan(first),
+					     bytes.subspan(first));
+				const auto taken = PathTrace::taken();
+				if (first && !taken.contains("overlap"))
+					throw Error(target.path.string(),
+						    static_cast<off_t>(offset), "overlap",
+						    PathTrace::text(taken));
+			}
+		return reads_ == before ? Result("no file of this image is compressed") : Result();
+	}
+
 	Result racing_writer()
 	{
 		constexpr int kReads = 12;
@@ -878,6 +918,7 @@ bool run_all(Tester &tester, const std::string &name, uint64_t seed, const fs::p
 		{"empty_reads", [&] { return tester.empty_reads(); }},
 		{"bad_addresses", [&] { return tester.bad_addresses(); }},
 		{"same_page_twice", [&] { return tester.same_page_twice(); }},
+		{"repeated_page", [&] { return tester.repeated_page(); }},
 		{"racing_writer", [&] { return tester.racing_writer(); }},
 		{"private_folios", [&] { return tester.private_folios(directory); }},
 		{"no_memory", [&] { return tester.no_memory(); }},
