@@ -1417,7 +1417,7 @@ public:
 
 private:
 	static constexpr size_t kMany = 128;
-	static constexpr size_t kMoreThanWorkers = 1500; // a workqueue has 1024 at most
+	static constexpr size_t kMoreThanWorkers = 1000; // and as many as may be in line
 
 	// With none of them, nothing has been tested.
 	static Result each(const std::vector<Way> &ways, const std::function<void(Way)> &body)
