@@ -120,7 +120,7 @@ static DEFINE_SPINLOCK(z_erofs_dio_kept_lock);
 static unsigned long z_erofs_dio_nr_kept;
 static struct shrinker *z_erofs_dio_shrinker;
 static struct bio_set z_erofs_dio_bioset;
-/* No request depends on them, so they are shared by all superblocks */
+/* What has not begun is not waited for: all superblocks share them */
 static struct workqueue_struct *z_erofs_dio_helpers;
 
 /*
@@ -668,8 +668,8 @@ static void z_erofs_dio_copy_kept(struct z_erofs_dio_window *w)
 }
 
 /*
- * The page cache never differs, and copying is cheaper than decoding.  False
- * unless all of it is there; what has been copied before is decoded as well.
+ * The page cache never differs, and copying is cheaper than decoding.  False if
+ * only a part is there: that has been copied in vain, and is decoded, too.
  */
 static bool z_erofs_dio_copy_cached(struct z_erofs_dio_window *w, loff_t pos,
 				    loff_t end)
@@ -1672,8 +1672,8 @@ static int z_erofs_dio_fill(struct z_erofs_dio_window *w,
 }
 
 /*
- * Fill extents until there is none left that nobody else fills.  The bytes of
- * extents which meet in a page don't: each is written by one CPU only.
+ * Fill extents until all have been taken.  Two of them may share a page, but no
+ * byte: each is written by one CPU only.
  */
 static void z_erofs_dio_fill_some(struct z_erofs_dio_window *w,
 				  struct page **pool)
