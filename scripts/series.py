@@ -227,8 +227,9 @@ def emit() -> None:
                                                 without=r"EROFS_FS_(?:ZIP|KUNIT)\w*"))
         mails = _mails(scratch, out, version, commits, cover)
         for commit, mail in zip(commits, mails, strict=True):
-            # every mail with a new file gets this warning, whichever of them changes MAINTAINERS
-            ignore = ["--ignore=FILE_PATH_CHANGES"]
+            # every mail with a new file gets the first one, whichever of them changes MAINTAINERS,
+            # and a tree without its history knows no commit of a Fixes:
+            ignore = ["--ignore=FILE_PATH_CHANGES,UNKNOWN_COMMIT_ID"]
             if any(path.startswith("include/trace/") for path in commit.touched()):
                 # TRACE_EVENT() looks like a function call but is not laid out like one
                 ignore += ["--ignore=OPEN_ENDED_LINE,PARENTHESIS_ALIGNMENT"]
