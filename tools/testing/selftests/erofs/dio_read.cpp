@@ -490,6 +490,7 @@ public:
 		const auto bytes = map.bytes();
 		const auto length = std::min(kLength - 2 * kPage, target->aligned_size());
 		const auto want = target->expect(0, length);
+		target->uncache();
 		const PathTrace trace;
 		const CachedOnce cached(*target);
 		PathTrace::forget();

@@ -136,9 +136,13 @@ inline Extents extents(int fd)
 		map->fm_length = FIEMAP_MAX_OFFSET - start;
 		map->fm_extent_count = kBatch;
 		// FS_IOC_FIEMAP, but <linux/fs.h> does not go with <sys/mount.h> of glibc 2.36
-		if (::ioctl(fd, _IOWR('f', 11, fiemap), map))
+		if (::ioctl(fd, _IOWR('f', 11, fiemap), map)) {
+			// of damaged files, or unknown algorithms, the kernel does not tell
+			if (errno == EUCLEAN || errno == EOPNOTSUPP)
+				break;
 			throw Error("FIEMAP", static_cast<off_t>(start), "success",
 				    errno_text(errno));
+		}
 		for (const auto &extent : std::span(map->fm_extents, map->fm_mapped_extents)) {
 			all.starts.push_back(extent.fe_logical);
 			all.placed |= extent.fe_physical != 0;
