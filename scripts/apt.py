@@ -19,7 +19,7 @@ LINKED = ("libc6-dev", "liblz4-dev", "liblzma-dev", "libdeflate-dev", "zlib1g-de
 # one list, so that a user without root rights hears once what is missing
 TOOLS = ("python3-tqdm", "gcc", "g++", "make", "bc", "bison", "flex", "libelf-dev", "patch", "cpio",
          "xz-utils", "busybox-static", "dpkg-dev", "autoconf", "automake", "libtool", "pkg-config",
-         "python3-xxhash", "qemu-system-x86", *LINKED)
+         "git", "python3-xxhash", "qemu-system-x86", *LINKED)
 ARM64 = ("gcc-aarch64-linux-gnu", "g++-aarch64-linux-gnu", "libc6-dev-arm64-cross",
          "qemu-system-arm")
 

@@ -19,7 +19,7 @@ import programs
 import vehicle
 from images import MIB, Data, Image, describe, machine_data, make_image
 from kernel import ARCHES, Kernel, kernel
-from ui import (JOBS, REPO, Failure, bar, cache_dir, digest, entry, main, number, output, run,
+from ui import (JOBS, REPO, Cut, Failure, bar, cache_dir, digest, entry, main, number, output, run,
                 say, step, write)
 
 PACKAGES = (*apt.ARM64, "squashfs-tools", "gnuplot-nox")
@@ -424,6 +424,8 @@ def all_parts(wanted: dict[str, Callable[[Rows], None]]) -> None:
             try:
                 part(rows)
                 missing.remove(name)
+            except Cut:
+                raise
             except Failure as failure:
                 say(f"{name}: {failure}")
             save(rows)

@@ -169,7 +169,9 @@ def git_files(top: Path) -> list[str]:
     # a checkout of another user is one, too
     names = output(["git", "-C", str(top), "-c", "safe.directory=*", "ls-files", "-coz",
                     "--exclude-standard"])
-    return [name for name in names.split("\0") if name and os.path.lexists(top / name)]
+    # neither what has been removed, nor checkouts inside
+    return [name for name in names.split("\0")
+            if name and ((top / name).is_symlink() or (top / name).is_file())]
 
 
 def repository(top: Path) -> list[Path]:

@@ -39,7 +39,7 @@
 #define Z_EROFS_DIO_STAGED		2
 /* .. and those of all of a superblock, for each CPU */
 #define Z_EROFS_DIO_STAGED_PER_CPU	4
-/* .. and those in line for that: whoever submits more waits as for a device */
+/* Asynchronous windows of a superblock; who submits more waits as for a device */
 #define Z_EROFS_DIO_MAX_WINDOWS		1024
 /* Larger requests are always synchronous: others are pinned as a whole */
 #define Z_EROFS_DIO_MAX_ASYNC		SZ_32M
@@ -221,6 +221,7 @@ struct z_erofs_dio_window {
 	loff_t rest;			/* from here on it has been staged */
 	bool lz4;			/* .. and some of it is LZ4 */
 	int err;
+	bool counted;			/* as one of z_erofs_dio_workers */
 	struct bio_list bios;		/* the destination, in file order */
 	struct z_erofs_dio_dest dest;
 
@@ -404,44 +405,54 @@ static bool z_erofs_dio_is_foreign(const struct bio_vec *bv)
 static struct bio_vec z_erofs_dio_listed(const struct z_erofs_dio_dest *d,
 					 unsigned int i)
 {
-	const struct z_erofs_dio_seg *seg = d->segs;
-	unsigned int start = i << PAGE_SHIFT, from;
+	unsigned int l = 0, r = d->nr_segs, mid, from, to;
 
-	while (seg->base + seg->len <= start)
-		++seg;
-	from = max(seg->base, start);
+	/* pages of a segment are no other's */
+	while (r - l > 1) {
+		mid = l + (r - l) / 2;
+		if (d->segs[mid].base >> PAGE_SHIFT > i)
+			r = mid;
+		else
+			l = mid;
+	}
+	from = max(d->segs[l].base, i << PAGE_SHIFT);
+	to = min(d->segs[l].base + d->segs[l].len, (i + 1) << PAGE_SHIFT);
 	return (struct bio_vec) {
-		.bv_offset = from - start,
-		.bv_len = min_t(unsigned int, seg->base + seg->len,
-				start + PAGE_SIZE) - from,
+		.bv_offset = offset_in_page(from),
+		.bv_len = to - from,
 	};
 }
 
 /*
  * A page may be listed twice, by way of two mappings, or as one that nobody
  * looks at.  Matches that are to be copied from there would be those of another
- * place, and end up in pages which are listed once.
+ * place, and end up in pages which are listed once.  Other parts of a page are
+ * fine, if they aren't many.
  */
 static int z_erofs_dio_check_repeats(const struct z_erofs_dio_dest *d)
 {
-	unsigned int bits = order_base_2(d->nr_pages) + 1, i, at;
+	unsigned int bits = order_base_2(d->nr_pages) + 1, i, at, again;
 	struct bio_vec a, b;
-	u16 *seen;
 	int err = 0;
+	u32 *seen;
 
+	if (d->nr_runs == 1)
+		return 0;
 	/* at most one in two is used; 0 if it is not */
 	seen = kvzalloc_objs(*seen, BIT(bits));
 	if (!seen)
 		return -ENOMEM;
 	for (i = 0; i < d->nr_pages && !err; seen[at] = ++i) {
+		again = 0;
 		at = hash_ptr(d->pages[i], bits);
 		for (; seen[at]; at = (at + 1) & (BIT(bits) - 1)) {
 			if (d->pages[seen[at] - 1] != d->pages[i])
 				continue;
 			a = z_erofs_dio_listed(d, seen[at] - 1);
 			b = z_erofs_dio_listed(d, i);
-			if (a.bv_offset < b.bv_offset + b.bv_len &&
-			    b.bv_offset < a.bv_offset + a.bv_len)
+			if (++again > 16 ||
+			    (a.bv_offset < b.bv_offset + b.bv_len &&
+			     b.bv_offset < a.bv_offset + a.bv_len))
 				err = -EEXIST;
 		}
 	}
@@ -1285,7 +1296,7 @@ static void z_erofs_dio_free_window(struct z_erofs_dio_window *w)
 		vm_unmap_ram(w->dest.addr, w->dest.nr_pages);
 	kvfree(w->dest.pages);
 	kvfree(w->dest.segs);
-	if (w->req->async)
+	if (w->counted)
 		up(&EROFS_I_SB(w->inode)->dio_workers->windows);
 	z_erofs_dio_put_req(w->req);
 	kvfree(w);
@@ -1916,8 +1927,11 @@ static void z_erofs_dio_queue_sync(struct z_erofs_dio_window *w)
 
 static void z_erofs_dio_queue_async(struct z_erofs_dio_window *w)
 {
+	struct z_erofs_dio_workers *p = EROFS_I_SB(w->inode)->dio_workers;
 	unsigned int noio;
 
+	/* others wait for devices only: neither for this one nor in a fault */
+	w->counted = !down_killable(&p->windows);
 	INIT_WORK(&w->work, z_erofs_dio_work);
 	if ((w->keep && !z_erofs_dio_take_turn(w)) || !z_erofs_dio_get_slot(w))
 		return;
@@ -1941,8 +1955,6 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 	struct block_device *bdev = erofs_dio_bdev(inode);
 	/* those of the device below an image can be larger */
 	unsigned int bs = max(i_blocksize(inode), erofs_dio_unit(bdev));
-	struct z_erofs_dio_workers *p = EROFS_I_SB(inode)->dio_workers;
-	struct z_erofs_dio_req *rq = iter->private;
 	struct z_erofs_dio_window *w;
 	unsigned int nr;
 	loff_t end;
@@ -1966,21 +1978,15 @@ static int z_erofs_dio_iomap_begin(struct inode *inode, loff_t pos,
 		length = min(length, end - pos);
 	}
 
-	/* none of those in line depends on who waits here: he has no turn */
-	if (rq->async && down_killable(&p->windows))
-		return -ENOTBLK;
 	nr = min_t(u64, (length >> inode->i_blkbits) + 2,
 		   Z_EROFS_DIO_MAX_EXTENTS);
 	w = kvzalloc_flex(*w, ext, nr, GFP_KERNEL_ACCOUNT);
-	if (!w) {
-		if (rq->async)
-			up(&p->windows);
+	if (!w)
 		return -ENOTBLK;
-	}
 	w->max_ext = nr;
-	w->req = rq;
-	refcount_inc(&rq->ref);
-	w->keep = rq->keep;
+	w->req = iter->private;
+	refcount_inc(&w->req->ref);
+	w->keep = w->req->keep;
 	w->inode = inode;
 	w->pos = pos;
 	w->start = pos;
@@ -2067,7 +2073,9 @@ static bool z_erofs_dio_get_workers(struct super_block *sb)
 				      sb->s_id),
 		.waiting = LIST_HEAD_INIT(new->waiting),
 	};
-	sema_init(&new->windows, Z_EROFS_DIO_MAX_WINDOWS);
+	sema_init(&new->windows, max_t(unsigned int, Z_EROFS_DIO_MAX_WINDOWS,
+				       2 * Z_EROFS_DIO_STAGED_PER_CPU *
+				       num_possible_cpus()));
 	spin_lock_init(&new->lock);
 	if (new->wq && !cmpxchg(p, NULL, new))
 		return true;
@@ -2363,8 +2371,8 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
  * Asynchronous requests are completed by a worker, or at once by a copy; small
  * ones which follow each other take turns, or each would decode its extents
  * anew.  Nevertheless, the caller waits for index blocks that aren't cached, for
- * what is served from the page cache, and for images in files that aren't read
- * directly.
+ * what is served from the page cache, for images in files that aren't read
+ * directly, and if there are too many of such requests.
  *
  * Context: Process context, may sleep; no locks are held.
  * Return: Number of bytes read, 0 at EOF, or a negative error code: -EIOCBQUEUED

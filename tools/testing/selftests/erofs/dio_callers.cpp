@@ -1321,8 +1321,7 @@ public:
 	{
 		if (auto reason = missing(Way::aio))
 			return reason;
-		// some more than may be in line
-		constexpr size_t kRequests = 1024 + 64;
+		constexpr size_t kRequests = kMostWindows + 64;
 		Volume volume(device_.node(), options_);
 		warm(volume.big);
 		std::vector<Piece> pieces;
@@ -1336,15 +1335,17 @@ public:
 			for (size_t i = 0; i < kRequests; ++i, ++submitted)
 				reads.submit(i);
 		});
-		size_t now = 0;
-		for (size_t last = 1; now != last || !now; last = std::exchange(now, submitted))
-			std::this_thread::sleep_for(std::chrono::milliseconds(200));
+		eventually("as many requests as there may be",
+			   [&] { return submitted >= kMostWindows; });
+		std::this_thread::sleep_for(std::chrono::milliseconds(200));
+		const size_t now = submitted;
 		held.resume();
 		threads.join();
 		reads.finish();
-		if (now == kRequests)
-			throw Error(volume.big.path.string(), 0, "a submitter that has to wait",
-				    std::to_string(now) + " requests in line");
+		if (now != kMostWindows)
+			throw Error(volume.big.path.string(), 0,
+				    std::to_string(kMostWindows) + " requests and no more",
+				    std::to_string(now));
 		return {};
 	}
 
@@ -1417,7 +1418,8 @@ public:
 
 private:
 	static constexpr size_t kMany = 128;
-	static constexpr size_t kMoreThanWorkers = 1000; // and as many as may be in line
+	static constexpr size_t kMostWindows = 1024; // that a superblock has
+	static constexpr size_t kMoreThanWorkers = 1000;
 
 	// With none of them, nothing has been tested.
 	static Result each(const std::vector<Way> &ways, const std::function<void(Way)> &body)
