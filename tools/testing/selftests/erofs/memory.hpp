@@ -331,7 +331,7 @@ inline Memory swapped(size_t size, const MemorySetup &setup)
 } // namespace memory
 
 // The first one is the simplest. Expensive ones are small.
-constexpr std::array kMemoryKinds{
+inline constexpr std::array kMemoryKinds{
 	MemoryKind{"anonymous", 4 << 20, true, memory::order0},
 	MemoryKind{"thp", 4 << 20, true, memory::thp},
 	MemoryKind{"mthp", 1 << 20, true, memory::mthp},
