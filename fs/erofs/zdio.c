@@ -2073,9 +2073,7 @@ static bool z_erofs_dio_get_workers(struct super_block *sb)
 				      sb->s_id),
 		.waiting = LIST_HEAD_INIT(new->waiting),
 	};
-	sema_init(&new->windows, max_t(unsigned int, Z_EROFS_DIO_MAX_WINDOWS,
-				       2 * Z_EROFS_DIO_STAGED_PER_CPU *
-				       num_possible_cpus()));
+	sema_init(&new->windows, Z_EROFS_DIO_MAX_WINDOWS);
 	spin_lock_init(&new->lock);
 	if (new->wq && !cmpxchg(p, NULL, new))
 		return true;

@@ -217,6 +217,15 @@ struct Piece {
 	size_t offset, length;
 };
 
+// From the start of a file on.
+std::vector<Piece> consecutive(size_t count, size_t length)
+{
+	std::vector<Piece> pieces;
+	for (size_t i = 0; i < count; ++i)
+		pieces.push_back({i * length, length});
+	return pieces;
+}
+
 enum class Way { aio, uring, worker, fixed };
 const std::vector<Way> kAllWays{Way::aio, Way::uring, Way::worker, Way::fixed};
 
@@ -1299,9 +1308,7 @@ public:
 		};
 		Volume volume(device_.node(), options_);
 		warm(volume.big);
-		std::vector<Piece> pieces;
-		for (size_t i = 0; i < kRequests; ++i)
-			pieces.push_back({i * kRequest, kRequest});
+		const auto pieces = consecutive(kRequests, kRequest);
 		Reads reads(volume.big, pieces, Way::aio);
 		Suspended held(device_);
 		const auto before = free_bytes();
@@ -1324,9 +1331,7 @@ public:
 		constexpr size_t kRequests = kMostWindows + 64;
 		Volume volume(device_.node(), options_);
 		warm(volume.big);
-		std::vector<Piece> pieces;
-		for (size_t i = 0; i < kRequests; ++i)
-			pieces.push_back({i * kPage, kPage});
+		const auto pieces = consecutive(kRequests, kPage);
 		Reads reads(volume.big, pieces, Way::aio);
 		std::atomic<size_t> submitted = 0;
 		Suspended held(device_);
