@@ -424,10 +424,10 @@ static struct bio_vec z_erofs_dio_listed(const struct z_erofs_dio_dest *d,
 }
 
 /*
- * A page may be listed twice, by way of two mappings, or as one that nobody
- * looks at.  Matches that are to be copied from there would be those of another
- * place, and end up in pages which are listed once.  Other parts of a page are
- * fine, if they aren't many.
+ * A page may be listed twice, by way of two mappings, or as the place for bytes
+ * that nobody wants.  Matches that are to be copied from there would be those of
+ * another place, and end up in pages which are listed once.  Other parts of a
+ * page are fine, if they aren't many.
  */
 static int z_erofs_dio_check_repeats(const struct z_erofs_dio_dest *d)
 {
@@ -775,12 +775,13 @@ static int z_erofs_dio_lookup(struct z_erofs_dio_window *w,
 	map->m_llen = map->m_la - w->start;
 	err = z_erofs_map_blocks_iter(w->inode, map, *keep ?
 				      EROFS_GET_BLOCKS_FIEMAP : flags);
-	if (err && *keep) {
+	if (*keep && (err || map->m_la + map->m_llen < w->rest)) {
 		*keep = false;
 		map->m_la = w->rest - 1;
 		err = z_erofs_map_blocks_iter(w->inode, map, 0);
 	}
-	if (!err && map->m_la + map->m_llen < w->rest)
+	/* -EINVAL is what devices refuse */
+	if (err == -EINVAL || (!err && map->m_la + map->m_llen < w->rest))
 		err = -EFSCORRUPTED;
 	return err;
 }
@@ -800,8 +801,10 @@ static int z_erofs_dio_map(struct z_erofs_dio_window *w)
 	int err = 0;
 	bool keep;
 
+	/* each lookup may pass all extent records of the file, a million or more */
 	while (w->rest > w->start && w->nr_ext < w->max_ext &&
-	       w->nr_in < Z_EROFS_DIO_MAX_INPAGES) {
+	       w->nr_in < Z_EROFS_DIO_MAX_INPAGES &&
+	       !fatal_signal_pending(current)) {
 		err = z_erofs_dio_lookup(w, &map, &keep);
 		if (err)
 			break;
@@ -2368,15 +2371,16 @@ static ssize_t z_erofs_dio_direct(struct kiocb *iocb, struct iov_iter *to,
  *
  * Asynchronous requests are completed by a worker, or at once by a copy; small
  * ones which follow each other take turns, or each would decode its extents
- * anew.  Nevertheless, the caller waits for index blocks that aren't cached, for
- * what is served from the page cache, for images in files that aren't read
+ * anew.  Nevertheless, the caller waits for index blocks that aren't cached, if
+ * all of it is served from the page cache, for images in files that aren't read
  * directly, and if there are too many of such requests.
  *
  * Context: Process context, may sleep; no locks are held.
  * Return: Number of bytes read, 0 at EOF, or a negative error code: -EIOCBQUEUED
  * if an asynchronous request is going to be completed later, -EFAULT if @to
  * can't be written, -EIO if the device failed or the data is corrupted, -ENOMEM
- * if even iomap can't allocate, -EINTR or -EAGAIN if the task has been killed.
+ * if iomap can't allocate, or the page cache for what isn't direct, -EINTR or
+ * -EAGAIN if the task has been killed.
  * On errors the contents of @to are undefined.
  */
 ssize_t z_erofs_dio_read_iter(struct kiocb *iocb, struct iov_iter *to)
