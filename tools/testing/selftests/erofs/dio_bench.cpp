@@ -492,9 +492,12 @@ public:
 
 	static bool offered() { return EventTrace::available(kTaken); }
 
-	int64_t peak()
+	// Nothing if some of them have been lost.
+	std::optional<int64_t> peak()
 	{
 		events_.clear();
+		if (EventTrace::lost())
+			return {};
 		int64_t held = 0, highest = 0, before = 0;
 		std::map<uint64_t, int64_t> seen;
 		for (const auto &line : EventTrace::lines(" mm_page_")) {
@@ -597,8 +600,11 @@ private:
 		if (!round) {
 			for (auto &work : works)
 				work.hash.emplace(cell.request);
-			if (column.mode == Mode::direct && PathTrace::offered())
-				others.emplace("path != 0");
+		}
+		// one that is not measured tells of the others, unless memory comes and goes
+		if ((!round || cell.parameters.value("memory", "") == "low") &&
+		    column.mode == Mode::direct && PathTrace::offered()) {
+			others.emplace("path != 0");
 			PathTrace::forget();
 		}
 		auto row = column.mode == Mode::floor ? pass_floor(cell, column, works)
@@ -613,9 +619,16 @@ private:
 		row.update({{"cell", cell.parameters},
 			    {"column", column.name},
 			    {"round", round},
-			    {"bytes", cell.bytes * cell.threads * cell.times}});
+			    {"bytes", bytes_of(cell, column) * cell.threads * cell.times}});
 		if (round || count_)
 			report(row);
+	}
+
+	// Files are read in whole requests.
+	static size_t bytes_of(const Cell &cell, const Column &column)
+	{
+		return column.mode == Mode::floor ? cell.bytes
+						  : cell.bytes / cell.request * cell.request;
 	}
 
 	// All columns of a cell read the same.
@@ -647,14 +660,20 @@ private:
 				source.read(buffer.part(0, cell.request), i * cell.request);
 		};
 		read(Source(path, column.mode));
-		const Source source(path, column.mode);
 		PageTrace trace;
-		read(source);
+		// closed at once: what has been allocated in bulk is seen when it is freed
+		read(Source(path, column.mode));
+		const auto peak = trace.peak();
+		if (!peak) {
+			report({{"note", cell.parameters.dump() + ", " + column.name +
+						 ": staging is not known, events were lost"}});
+			return;
+		}
 		report({{"cell", cell.parameters},
 			{"column", column.name},
 			{"round", 0},
 			{"bytes", cell.request},
-			{"staging", trace.peak()}});
+			{"staging", *peak}});
 	}
 
 	Json pass_floor(const Cell &cell, const Column &column, std::vector<Work> &works) const
@@ -766,15 +785,22 @@ private:
 		std::barrier ready(threads, [&]() noexcept { start = Clock::now(); });
 		std::vector<std::exception_ptr> errors(threads);
 		std::vector<std::jthread> running;
+		const auto one = [&](unsigned i) {
+			ready.arrive_and_wait();
+			try {
+				work(i);
+			} catch (...) {
+				errors[i] = std::current_exception();
+			}
+		};
 		for (unsigned i = 0; i < threads; ++i)
-			running.emplace_back([&, i] {
-				ready.arrive_and_wait();
-				try {
-					work(i);
-				} catch (...) {
-					errors[i] = std::current_exception();
-				}
-			});
+			try {
+				running.emplace_back(one, i);
+			} catch (...) {
+				// the others must not wait for it
+				errors[i] = std::current_exception();
+				ready.arrive_and_drop();
+			}
 		running.clear();
 		const auto time = Clock::now() - start;
 		for (const auto &error : errors)

@@ -287,15 +287,20 @@ std::string text(const Json &parameters)
 	return all;
 }
 
-Json judged(const Demand &demand, const Cell &cell, double value)
+Json judged(const Demand &demand, const std::string &cell, std::optional<double> value)
 {
-	return {{"name", demand.name + ": " + demand.above +
-				 (demand.below.empty() ? "" : " / " + demand.below)},
-		{"cell", text(cell.parameters)},
-		{"value", value},
-		{"bound", demand.bound},
-		{"at", demand.at_least ? "least" : "most"},
-		{"holds", demand.at_least ? value >= demand.bound : value <= demand.bound}};
+	Json row = {{"name", demand.name + ": " + demand.above +
+				     (demand.below.empty() ? "" : " / " + demand.below)},
+		    {"cell", cell},
+		    {"value", nullptr},
+		    {"bound", demand.bound},
+		    {"at", demand.at_least ? "least" : "most"},
+		    {"holds", nullptr}};
+	if (value) {
+		row["value"] = *value;
+		row["holds"] = demand.at_least ? *value >= demand.bound : *value <= demand.bound;
+	}
+	return row;
 }
 
 Json judge(const std::vector<Cell> &cells)
@@ -305,27 +310,26 @@ Json judge(const std::vector<Cell> &cells)
 	const bool known = std::ranges::any_of(
 		cells, [](const Cell &cell) { return cell.parameters.contains("algorithm"); });
 	for (const auto &demand : demands()) {
-		const auto before = all.size();
+		std::set<size_t> missing(demand.pclusters.begin(), demand.pclusters.end());
+		bool any = false;
 		for (const auto &cell : cells) {
 			if (!fits(demand, cell.parameters))
 				continue;
-			if (const auto value =
-				    demand.below.empty()
-					    ? cell.value(demand.above, demand.metric)
-					    : cell.ratio(demand.above, demand.below, demand.metric))
-				all.push_back(judged(demand, cell,
+			if (const auto value = demand.below.empty()
+						       ? cell.value(demand.above, demand.metric)
+						       : cell.ratio(demand.above, demand.below,
+								    demand.metric)) {
+				all.push_back(judged(demand, text(cell.parameters),
 						     demand.below.empty() ? value->high / mib
 									  : value->median));
+				missing.erase(cell.parameters.value("pcluster", size_t{0}));
+				any = true;
+			}
 		}
-		if (known && all.size() == before)
-			all.push_back({{"name",
-					demand.name + ": " + demand.above +
-						(demand.below.empty() ? "" : " / " + demand.below)},
-				       {"cell", "not measured"},
-				       {"value", nullptr},
-				       {"bound", demand.bound},
-				       {"at", demand.at_least ? "least" : "most"},
-				       {"holds", nullptr}});
+		if (known && !any)
+			all.push_back(judged(demand, "not measured", {}));
+		for (const auto size : any ? missing : std::set<size_t>())
+			all.push_back(judged(demand, size_text(size) + " not measured", {}));
 	}
 	return all;
 }

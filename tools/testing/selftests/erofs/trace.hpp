@@ -46,6 +46,17 @@ public:
 				found.push_back(line);
 		return found;
 	}
+	// There was no room for all of them.
+	static bool lost()
+	{
+		for (const auto &cpu : std::filesystem::directory_iterator(top() / "per_cpu")) {
+			std::ifstream stats(cpu.path() / "stats");
+			for (std::string line; std::getline(stats, line);)
+				if (line.starts_with("overrun:") && number(line, "overrun: "))
+					return true;
+		}
+		return false;
+	}
 	static uint64_t number(const std::string &line, std::string_view name)
 	{
 		const auto at = line.find(name);
