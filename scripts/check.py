@@ -35,7 +35,7 @@ SWAP = "losetup /dev/loop7 /dev/ram1\nmkswap /dev/loop7 65536 > /dev/null\nswapo
 FAILED = "|| [ $? = 1 ]\n"
 READS = 5000
 READS_PER_SECOND = 20  # of the slowest image, on a busy machine
-DAMAGED = ("lz4-4k", "lzma-64k", "zstd-64k")
+DAMAGED = ("lz4-4k", "lz4hc-64k", "lzma-64k", "zstd-64k")
 CLOCK = re.compile(r"^\[ *\d+\.\d{6}\] ")
 VERSION = re.compile(r"^K?TAP version \d+$")
 PLAN = re.compile(r"^1\.\.(\d+)")
@@ -287,7 +287,7 @@ def image_jobs(settings: Settings, name: str) -> Iterator[Job]:
                      if exercise else ""),
                   vehicles=(name,), disks=(image.path, *image.devices), truth=image.data.truth,
                   since=since, seconds=settings.seconds, skip=image.unmountable)
-        if name != "qemu" and image.name in DAMAGED and not settings.replay:
+        if image.name in DAMAGED and not settings.replay:
             yield damage_job(settings, name, damage(image), since)
 
 

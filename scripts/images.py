@@ -3,6 +3,7 @@
 """The input data, the images made of it, and the truth that their files are compared with."""
 import fnmatch
 import functools
+import inspect
 import json
 import os
 import random
@@ -179,7 +180,7 @@ def machine_data() -> Data:
             describe(root, work / "list.json", "/usr")
             (work / "chosen.json").write_text(json.dumps({str(p): identity(p) for p in chosen}))
 
-    recipe = digest(repr((BIG, ODD_SIZES, SAMPLE, TIMED)))
+    recipe = digest(repr((BIG, ODD_SIZES, SAMPLE, TIMED)), inspect.getsource(synthetic))
     made = entry("data", f"machine-{recipe}", make, unchanged)
     return Data(made / "files", made / "list.json")
 
@@ -228,9 +229,10 @@ def caller_data(inside: Data) -> Data:
         shutil.copy(make_image(Data(inside.truth / "sizes", inside.listing), PACKED),
                     root / "packed.erofs")
         (root / "noise").write_bytes(random.Random(2).randbytes(MIB))
+        (root / "long").write_bytes((inside.truth / "mixed").read_bytes()[:MIB] * 36)
         describe(root, work / "list.json", "/usr")
 
-    made = entry("data", digest("callers", inside.listing, mkfs()[1], repr((NESTED, PACKED))),
+    made = entry("data", digest("callers, long", inside.listing, mkfs()[1], repr((NESTED, PACKED))),
                  make)
     return Data(made / "files", made / "list.json")
 
@@ -242,15 +244,16 @@ def user_data(top: Path) -> Data:
         raise Failure(f"DATA={top}: images of it would be kept inside, in {cache_dir()}: name "
                       "another directory, or set CACHE=")
     with step(f"hashing {top}"):
-        made = entry("list", digest(str(top), state(top)),
+        made = entry("list", digest(str(top), state(top), repr((SAMPLE, TIMED))),
                      lambda work: describe(top, work / "list.json", f"DATA={top}"))
     return Data(top, made / "list.json")
 
 
 @functools.cache
 def mkfs() -> tuple[Path, str]:
-    program = erofs_utils() / "mkfs.erofs"
-    return program, output([str(program), "-V"])
+    """The program, and which one it is: others may have the same version."""
+    tools = erofs_utils()
+    return tools / "mkfs.erofs", tools.name
 
 
 def make_image(data: Data, options: str) -> Path:

@@ -46,6 +46,7 @@ constexpr size_t kMiB = 1 << 20;
 constexpr std::byte kMark{0xa5};
 const std::string kFile = "mixed"; // compressed, of several windows
 const std::string kPlain = "noise";
+const std::string kLong = "long"; // larger than an asynchronous request may be
 const std::array kNested = {"plain.erofs", "lz4-64k.erofs"};
 // An image of one directory, all of whose files are in one extent, and one of these files.
 const std::string kPacked = "packed.erofs", kPackedDirectory = "sizes", kPackedFile = "4097";
@@ -451,15 +452,18 @@ public:
 	    : what_(target.path), stored_(stored_bytes(target)), device_(device_of(target))
 	{
 	}
-	// Of what the file takes; index blocks are read as well, and some behind its end.
+	// Of what the file takes, which has been read as a whole; index blocks are read as well,
+	// and some behind its end.
 	void expect_quarters(size_t most) const
 	{
-		const auto limit = stored_ / 4 * most, bytes = bytes_read(device_) - before_;
-		if (bytes > limit)
+		const auto limit = stored_ / 4 * most, bytes = this->bytes();
+		if (bytes > limit || bytes < stored_ / 4 * 3)
 			throw Error(what_.string(), 0,
-				    std::to_string(limit) + " bytes of the device at most",
+				    std::to_string(stored_) + " to " + std::to_string(limit) +
+					    " bytes of the device",
 				    std::to_string(bytes));
 	}
+	size_t bytes() const { return bytes_read(device_) - before_; }
 
 private:
 	fs::path what_;
@@ -585,12 +589,12 @@ public:
 	{
 		const PinBalance pins;
 		lose_reader({}, true);
-		each(kAllWays, [this](Way way) {
+		auto reason = each(kAllWays, [this](Way way) {
 			for (const bool killed : {true, false})
 				lose_reader(way, killed);
 		});
 		pins.check();
-		return {};
+		return reason;
 	}
 
 	// Data that hardly gets smaller is read in several stages: not in those that are left.
@@ -754,14 +758,13 @@ public:
 		trace.expect_only({"direct"}, "reads through overlayfs");
 		const auto target =
 			open_target(mount.where(), kFile, slurp(fs::path(options_.truth) / kFile));
-		each({Way::aio, Way::uring}, [&](Way way) {
+		return each({Way::aio, Way::uring}, [&](Way way) {
 			Trace::forget();
 			Reads reads(target, {{0, kPage}, {kMiB, kMiB}, {4 * kMiB, 8 * kMiB}}, way);
 			reads.submit();
 			reads.finish();
 			trace.expect_only({"direct"}, "asynchronous reads through overlayfs");
 		});
-		return {};
 	}
 
 	Result fcntl_direct()
@@ -791,8 +794,7 @@ public:
 		Trace trace;
 		compare_all(volume.mount.where(), O_RDONLY | O_DIRECT, kMiB);
 		trace.expect_only({"direct"}, "reads of a file-backed mount");
-		read_each_way(volume.big);
-		return {};
+		return read_each_way(volume.big);
 	}
 
 	// Nobody could tell how to align reads.
@@ -810,9 +812,9 @@ public:
 		expect_alignment(target);
 		const Trace trace;
 		compare_all(mount.where(), O_RDONLY | O_DIRECT, kMiB, true);
-		read_each_way(target);
+		auto reason = read_each_way(target);
 		trace.expect_only({"no-bdev"}, "reads of an image without a block device");
-		return {};
+		return reason;
 	}
 
 	Result shared_page_cache()
@@ -913,6 +915,12 @@ public:
 		if (!most || most > limit)
 			throw Error("pages kept", 0, "1 to " + std::to_string(limit),
 				    std::to_string(most));
+		// what is being read ahead goes as soon as that is over
+		eventually("pages kept when there is no memory", [&] {
+			std::ofstream("/proc/sys/vm/drop_caches") << 2;
+			return !kept_pages().value();
+		});
+		read_singly(big, big.path, files.back(), kStep, 2 * kStep);
 		files.clear();
 		expect("pages kept for closed files", 0, "", 0,
 		       static_cast<ssize_t>(kept_pages().value()));
@@ -1243,27 +1251,84 @@ public:
 	// A worker may decode for a block device that reclaim waits for.
 	Result workers_need_no_io()
 	{
-		constexpr std::string_view kEvent = "kmem/mm_page_alloc";
-		if (!EventTrace::available(kEvent))
+		if (!EventTrace::available(kAllocations))
 			return "the kernel does not trace allocations";
 		size_t folios = 0;
+		// compressed data is read into such folios, which are too large for slabs
 		const auto reason = each(kAllWays, [&](Way way) {
 			Volume volume(device_.node(), options_);
-			// compressed data is read into such folios, which are too large for slabs
-			const EventTrace trace(kEvent, "order >= 4 && comm ~ \"kworker*\"");
-			EventTrace::forget();
-			Reads reads(volume.big, {{0, 12 * kMiB}}, way);
-			reads.submit();
-			reads.finish();
-			const auto all = EventTrace::lines(" mm_page_alloc: ");
-			folios += all.size();
-			for (const auto &line : all)
-				for (const auto *const flag : {"__GFP_IO", "GFP_KERNEL"})
-					if (line.find(flag) != line.npos)
-						throw Error(std::string(kEvent), 0,
-							    "no I/O to get memory", line);
+			for (const auto *const who : {"kworker*", "dio_callers"})
+				folios += allocations(
+					"order >= 4 && order <= 5 && comm ~ \"" + std::string(who) +
+						'"',
+					[&] {
+						Reads reads(volume.big, {{0, 12 * kMiB}}, way);
+						reads.submit();
+						reads.finish();
+					});
 		});
-		return folios ? Result() : reason.value_or("there was no large folio to be had");
+		return folios ? reason : reason.value_or("there was no large folio to be had");
+	}
+
+	// Whoever helps the reader, too, in whatever he needs.
+	Result helpers_need_no_io()
+	{
+		if (::sysconf(_SC_NPROCESSORS_ONLN) < 2)
+			return "there is one CPU only";
+		if (!EventTrace::available(kAllocations))
+			return "the kernel does not trace allocations";
+		Volume volume(device_.node(), options_);
+		size_t pages = 0;
+		const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+		while (!pages && std::chrono::steady_clock::now() < end)
+			// a worker of one CPU and of high priority
+			pages = allocations("order == 0 && comm ~ \"kworker/[0-9]*H*\"",
+					    [&] { warm(volume.big); });
+		return pages ? Result() : "no other CPU has allocated anything";
+	}
+
+	// Where somebody has read before, nothing is decoded, nor read once more.
+	Result cached_data_is_copied()
+	{
+		Volume volume(device_.node(), options_);
+		const auto &big = volume.big;
+		const Piece piece{kMiB, 2 * kMiB};
+		check_buffered(big, piece);
+		const Mapping memory(piece.length);
+		const DeviceReads device(big);
+		const Trace trace;
+		expect(big.path, piece.offset, "bytes", static_cast<ssize_t>(piece.length),
+		       ::pread(big.fd, memory.bytes().data(), piece.length,
+			       static_cast<off_t>(piece.offset)));
+		trace.expect_only({"direct"}, "a read of cached data");
+		expect_bytes(big.path, piece.offset, big.expect(piece.offset, piece.length),
+			     memory.bytes());
+		expect("the device", 0, "bytes read of it", 0,
+		       static_cast<ssize_t>(device.bytes()));
+		return {};
+	}
+
+	// All memory of an asynchronous request is pinned at once, so there is a limit.
+	Result huge_requests_are_synchronous()
+	{
+		if (auto reason = missing(Way::aio))
+			return reason;
+		Volume volume(device_.node(), options_);
+		const auto target = open_target(volume.mount.where(), kLong,
+						slurp(fs::path(options_.truth) / kLong));
+		if (target.size() <= 33 * kMiB)
+			throw Error(target.path.string(), 0, "more than 33 MiB",
+				    std::to_string(target.size()));
+		Reads reads(target, {{0, 33 * kMiB}}, Way::aio);
+		const Trace trace;
+		reads.submit();
+		trace.expect_only({"direct"}, "a huge request");
+		const auto done = reads.queue().poll();
+		if (!done)
+			throw Error(target.path.string(), 0, "a request that is over", "none");
+		reads.check(*done);
+		reads.finish();
+		return {};
 	}
 
 	// Workers that go on for somebody read on his account.
@@ -1281,12 +1346,21 @@ public:
 				Reads reads(volume.big, {{0, 12 * kMiB}}, way);
 				reads.submit();
 				reads.finish();
+				// which are read ahead of
+				for (size_t at = 12 * kMiB; at < 16 * kMiB; at += kMiB / 4) {
+					std::vector<Piece> pieces;
+					for (size_t in = 0; in < kMiB / 4; in += kPage)
+						pieces.push_back({at + in, kPage});
+					Reads small(volume.big, pieces, way);
+					small.submit();
+					small.finish();
+				}
 				return 0;
 			});
 			child.expect_success();
 			const auto bytes = bytes_read(device) - before;
 			const auto counted = group.bytes_read(device) - mine;
-			if (counted < bytes - bytes / 16)
+			if (!bytes || counted < bytes - bytes / 16)
 				throw Error("io.stat of the reader", 0,
 					    std::to_string(bytes) + " bytes of " + device,
 					    std::to_string(counted));
@@ -1422,24 +1496,41 @@ public:
 	}
 
 private:
+	static constexpr std::string_view kAllocations = "kmem/mm_page_alloc";
 	static constexpr size_t kMany = 128;
 	static constexpr size_t kMostWindows = 1024; // that a superblock has
 	static constexpr size_t kMoreThanWorkers = 1000;
 
-	// With none of them, nothing has been tested.
+	// Why some of it has not been tested.
 	static Result each(const std::vector<Way> &ways, const std::function<void(Way)> &body)
 	{
 		Result reason;
-		bool tried = false;
-		for (const auto way : ways) {
-			if (auto why = missing(way)) {
+		for (const auto way : ways)
+			if (auto why = missing(way))
 				reason = std::move(why);
-				continue;
-			}
-			body(way);
-			tried = true;
-		}
-		return tried ? Result() : reason;
+			else
+				body(way);
+		return reason;
+	}
+
+	// How many there are of a kind that must not wait for I/O, apart from slabs and what is
+	// charged to a task: io_uring takes notes of its buffers.
+	static size_t allocations(const std::string &kind, const std::function<void()> &body)
+	{
+		const EventTrace trace(kAllocations, kind);
+		EventTrace::forget();
+		body();
+		auto all = EventTrace::lines(" mm_page_alloc: ");
+		std::erase_if(all, [](const auto &line) {
+			return line.find("__GFP_ACCOUNT") != line.npos ||
+			       (line.find(" order=0 ") != line.npos &&
+				line.find("__GFP_COMP") != line.npos);
+		});
+		for (const auto &line : all)
+			for (const auto *const flag : {"__GFP_IO", "GFP_KERNEL"})
+				if (line.find(flag) != line.npos)
+					throw Error(kAllocations, 0, "no I/O to get memory", line);
+		return all.size();
 	}
 
 	// Of all open files.
@@ -1599,7 +1690,8 @@ private:
 	{
 		size_t files = 0;
 		for (const auto &name : regular_files(options_.truth)) {
-			if (inside && (name == kPlain || name.extension() == ".erofs"))
+			if (inside &&
+			    (name == kPlain || name == kLong || name.extension() == ".erofs"))
 				continue;
 			compare(top / name, slurp(options_.truth / name), flags, step);
 			++files;
@@ -1778,9 +1870,9 @@ private:
 		device.expect_quarters(5);
 	}
 
-	static void read_each_way(const Target &target)
+	static Result read_each_way(const Target &target)
 	{
-		each(kAllWays, [&](Way way) {
+		return each(kAllWays, [&](Way way) {
 			Reads reads(target, {{0, kPage}, {kMiB, kMiB}, {4 * kMiB, 8 * kMiB}}, way);
 			reads.submit();
 			reads.finish();
@@ -1866,6 +1958,10 @@ std::vector<ktap::Case> all_cases(Tester &tester)
 		{"bounded_pins", [&] { return tester.bounded_pins(); }},
 		{"other_cpus_help", [&] { return tester.other_cpus_help(); }},
 		{"workers_need_no_io", [&] { return tester.workers_need_no_io(); }},
+		{"helpers_need_no_io", [&] { return tester.helpers_need_no_io(); }},
+		{"cached_data_is_copied", [&] { return tester.cached_data_is_copied(); }},
+		{"huge_requests_are_synchronous",
+		 [&] { return tester.huge_requests_are_synchronous(); }},
 		{"cgroup_of_submitter", [&] { return tester.cgroup_of_submitter(); }},
 		{"many_requests", [&] { return tester.many_requests(); }},
 		{"staging_is_bounded", [&] { return tester.staging_is_bounded(); }},

@@ -142,7 +142,7 @@ public:
 		const auto before = bytes_read(number);
 		read_singly(target, target.path, target.fd, kStep, target.size());
 		const auto bytes = bytes_read(number) - before;
-		if (bytes > stored + stored / 4 + kGuesses * kGuess)
+		if (bytes < stored / 2 || bytes > stored + stored / 4 + kGuesses * kGuess)
 			throw Error(target.path.string(), 0,
 				    std::to_string(stored) + " bytes and a few guesses read",
 				    std::to_string(bytes));

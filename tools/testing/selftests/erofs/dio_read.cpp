@@ -382,11 +382,15 @@ public:
 			throw Error("memfd", 0, "its first page twice", errno_text(errno));
 		const PathTrace trace;
 		const auto before = reads_;
-		for (const auto &target : targets_)
-			for (size_t offset = 0;
-			     target.compressed && offset < std::min(target.size(), 4 * kMiB);
-			     offset += kMiB / 2) {
-				target.uncache();
+		for (const auto &target : targets_) {
+			if (!target.compressed)
+				continue;
+			target.uncache();
+			// as a whole, or windows are too small to be dropped behind
+			const auto whole = std::min(target.size(), 4 * kMiB) / bytes.size();
+			const auto rest = target.size() - whole * bytes.size();
+			const auto start = whole ? (rest / page + 1) * page : 0;
+			for (auto offset = start; offset < target.size(); offset += bytes.size()) {
 				PathTrace::forget();
 				const auto want = target.expect(offset, bytes.size());
 				++reads_;
@@ -404,6 +408,10 @@ public:
 						    static_cast<off_t>(offset), "overlap",
 						    PathTrace::text(taken));
 			}
+			if (whole && !keeps_what_it_reads())
+				expect_value(target, "cached pages after", 0,
+					     cached_pages(target.fd));
+		}
 		return reads_ == before ? Result("no file of this image is compressed") : Result();
 	}
 
@@ -451,12 +459,8 @@ public:
 	// What is served from the page cache has to be dropped behind.
 	Result nothing_kept()
 	{
-		struct utsname system;
-		int major = 0, minor = 0;
-		if (::uname(&system) || std::sscanf(system.release, "%d.%d", &major, &minor) != 2)
-			throw Error("uname", 0, "a release", system.release);
-		if (std::pair(major, minor) < std::pair(6, 14))
-			return "Linux " + std::string(system.release) + " has no drop-behind";
+		if (auto reason = keeps_what_it_reads())
+			return reason;
 		constexpr size_t kStep = 128 * 1024;
 		const auto before = reads_;
 		for (const auto &target : targets_) {
@@ -555,44 +559,18 @@ public:
 	// Of an image with damaged data: an error, or what a buffered read returns; no stale bytes.
 	Result damage()
 	{
-		constexpr size_t kStep = 64 * 1024;
-		size_t errors = 0;
-		for (const auto &target : targets_) {
-			const Fd buffered(target.path, O_RDONLY);
-			std::vector<std::byte> other(kStep);
-			for (size_t offset = 0; offset < target.size(); offset += kStep) {
-				const auto at = static_cast<off_t>(offset);
-				const auto whole = target.expect(offset, kStep).size();
-				refill(kStep);
-				++reads_;
-				const auto got = ::pread(target.fd, aligned(), kStep, at);
-				const int code = got < 0 ? errno : 0;
-				size_t want = 0;
-				for (ssize_t more = 1; more > 0 && want < whole;
-				     want += static_cast<size_t>(std::max<ssize_t>(more, 0)))
-					more = ::pread(buffered, other.data() + want, whole - want,
-						       at + static_cast<off_t>(want));
-				if (got < 0) {
-					++errors;
-					if (code != EIO || want == whole)
-						throw Error(target.path.string(), at,
-							    want == whole ? "data" : "EIO",
-							    errno_text(code));
-					continue;
-				}
-				expect_value(target, "bytes read", whole, static_cast<size_t>(got));
-				expect_bytes(target.path, offset, std::span(other).first(want),
-					     {aligned(), kStep});
-				for (size_t i = 0; i + 512 <= whole; i += 512)
-					if (!std::memcmp(aligned() + i,
-							 pattern_.data() + kGuard + i, 512))
-						throw Error(target.path.string(),
-							    at + static_cast<off_t>(i),
-							    "data or an error", "stale bytes");
+		// large requests have several windows and CPUs, asynchronous ones are a worker's
+		for (const size_t step : {64 * size_t{1024}, kMiB, 3 * kMiB})
+			for (const bool queued : {false, true}) {
+				size_t errors = 0;
+				if (queued && !Aio::available())
+					return "the kernel has no AIO";
+				for (const auto &target : targets_)
+					errors += damage_of(target, step, queued);
+				if (!errors)
+					throw Error("the image", 0, "data that cannot be decoded",
+						    "none");
 			}
-		}
-		if (!errors)
-			throw Error("the image", 0, "data that cannot be decoded", "none");
 		return {};
 	}
 
@@ -636,6 +614,58 @@ public:
 		return {};
 	}
 
+	// How often a file cannot be read.
+	size_t damage_of(const Target &target, size_t step, bool queued)
+	{
+		const Fd buffered(target.path, O_RDONLY);
+		std::vector<std::byte> other(step);
+		size_t errors = 0;
+		for (size_t offset = 0; offset < target.size(); offset += step) {
+			const auto whole = target.expect(offset, step).size();
+			// what is in the page cache is not decoded
+			target.uncache();
+			refill(step);
+			++reads_;
+			const auto got = read_or_error(target, offset, step, queued);
+			size_t want = 0;
+			for (ssize_t more = 1; more > 0 && want < whole;
+			     want += static_cast<size_t>(std::max<ssize_t>(more, 0)))
+				more = ::pread(buffered, other.data() + want, whole - want,
+					       static_cast<off_t>(offset + want));
+			if (got < 0) {
+				++errors;
+				if (got != -EIO || want == whole)
+					throw Error(target.path.string(),
+						    static_cast<off_t>(offset),
+						    want == whole ? "data" : "EIO",
+						    errno_text(static_cast<int>(-got)));
+				continue;
+			}
+			expect_value(target, "bytes read", whole, static_cast<size_t>(got));
+			expect_bytes(target.path, offset, std::span(other).first(want),
+				     {aligned(), step});
+			for (size_t i = 0; i + 512 <= whole; i += 512)
+				if (!std::memcmp(aligned() + i, pattern_.data() + kGuard + i, 512))
+					throw Error(target.path.string(),
+						    static_cast<off_t>(offset + i),
+						    "data or an error", "stale bytes");
+		}
+		return errors;
+	}
+
+	ssize_t read_or_error(const Target &target, size_t offset, size_t length, bool queued)
+	{
+		if (!queued) {
+			const auto got =
+				::pread(target.fd, aligned(), length, static_cast<off_t>(offset));
+			return got < 0 ? -errno : got;
+		}
+		Aio queue(1);
+		const iovec part{aligned(), length};
+		queue.submit({0, target.fd, offset, {&part, 1}});
+		return queue.wait().result;
+	}
+
 	void replay(const std::string &spec)
 	{
 		const auto call = parse_call(spec, arena_.bytes().size());
@@ -650,6 +680,18 @@ public:
 	size_t reads() const { return reads_; }
 
 private:
+	// Why what is read through the page cache stays there.
+	static Result keeps_what_it_reads()
+	{
+		struct utsname system;
+		int major = 0, minor = 0;
+		if (::uname(&system) || std::sscanf(system.release, "%d.%d", &major, &minor) != 2)
+			throw Error("uname", 0, "a release", system.release);
+		if (std::pair(major, minor) < std::pair(6, 14))
+			return "Linux " + std::string(system.release) + " has no drop-behind";
+		return {};
+	}
+
 	static std::vector<Target> open_all(const fs::path &mount, const fs::path &truth)
 	{
 		std::vector<Target> targets;
