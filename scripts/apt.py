@@ -117,7 +117,9 @@ def apt(top: Path, *cmd: str) -> str:
     done = subprocess.run(cmd, capture_output=True, text=True, check=False, env={
         **os.environ, "APT_CONFIG": str(top / "apt.conf"), "LC_ALL": "C"})
     if done.returncode:
-        raise Failure(f"{cmd[0]} ended with status {done.returncode}: remove {top} and try again")
+        why = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise Failure(f"{cmd[0]} ended with status {done.returncode}: {why}: remove {top} and try "
+                      "again")
     return done.stdout
 
 

@@ -192,7 +192,8 @@ def guest_rows(built: Kernel, rows: Rows, disks: list[Path], plan: Path, rounds:
         raise Failure(why[0] if why else str(failure)) from None
     got = sum("seconds" in row and row["round"] > 0 for row in rows[before:])
     if got != passes * rounds:
-        raise Failure(f"{passes * rounds} passes were asked for, {got} of them measured")
+        raise Failure(f"{passes * rounds} passes were asked for, {got} of them measured: try again, "
+                      "and make check if it stays so")
 
 
 def count(names: list[str], sizes: list[str], columns: list[str], rounds: int,
@@ -215,7 +216,7 @@ def count(names: list[str], sizes: list[str], columns: list[str], rounds: int,
         counts = [json.loads(line) for line in regions.read_text().splitlines()]
     passes = [row for row in found if "seconds" in row]
     if len(counts) != len(passes):
-        raise Failure(f"{len(passes)} passes, but {len(counts)} of them counted")
+        raise Failure(f"{len(passes)} passes, but {len(counts)} of them counted: try again")
     rows += [row for row in found if "seconds" not in row]
     rows += [counted(row, insns) for row, insns in zip(passes, counts) if row["round"]]
 

@@ -9,6 +9,10 @@ from ui import JOBS, Failure, digest, entry, main, output, run, step
 
 SUITES = ["forky", "sid"]
 PROGRAMS = ("mkfs/mkfs.erofs", "fsck/fsck.erofs", "dump/dump.erofs")
+CONFIGURE = ("./configure --disable-fuse --enable-multithreading --enable-lz4 --enable-lzma "
+             "--with-libdeflate --with-libzstd --with-zlib --without-selinux --without-xxhash "
+             "--without-libcurl --without-libxml2 --without-json-c --without-openssl "
+             "--without-libnl3")
 FEATURES = ("lz4", "lz4hc", "lzma", "deflate", "libdeflate", "zstd")
 
 
@@ -21,10 +25,7 @@ def erofs_utils() -> Path:
         build = work / "build"
         shutil.copytree(source, build, symlinks=True)
         with step(f"building {source.parent.name}"):
-            run(["sh", "-ec", "./autogen.sh && ./configure --disable-fuse --enable-multithreading "
-                 "--enable-lz4 --enable-lzma --with-libdeflate --with-libzstd --with-zlib "
-                 "--without-selinux --without-xxhash --without-libcurl --without-libxml2 "
-                 f"--without-json-c --without-openssl --without-libnl3 && make -j{JOBS}"],
+            run(["sh", "-ec", f"./autogen.sh && {CONFIGURE} && make -j{JOBS}"],
                 what="erofs-utils", cwd=build, total=160)
         for program in PROGRAMS:
             shutil.move(build / program, work)
@@ -34,7 +35,7 @@ def erofs_utils() -> Path:
             raise Failure(f"mkfs.erofs was built without {', '.join(sorted(lost))}: "
                           "remove what shadows Debian's compression libraries")
 
-    return entry("erofs-utils", f"{source.parent.name}-{digest(apt.linked())}", make)
+    return entry("erofs-utils", f"{source.parent.name}-{digest(apt.linked(), CONFIGURE)}", make)
 
 
 if __name__ == "__main__":

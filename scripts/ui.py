@@ -181,8 +181,8 @@ def repository(top: Path) -> list[Path]:
 
 
 def write(path: Path, text: str) -> None:
-    """Complete or not at all, also on a full disk."""
-    new = path.with_name(f"{path.name}.new")
+    """Complete or not at all, also on a full disk, or if another run does the same."""
+    new = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.new")
     new.write_text(text)
     new.rename(path)
 

@@ -99,7 +99,9 @@ class Guest:
         with selectors.DefaultSelector() as ready:
             ready.register(self.process.stdout, selectors.EVENT_READ)
             while True:
-                if not ready.select(max(0, end - time.monotonic())):
+                # who prints without end is always ready
+                left = end - time.monotonic()
+                if left <= 0 or not ready.select(left):
                     return f"hangs: no end after {timeout:.0f} s"
                 data = os.read(self.process.stdout.fileno(), 65536)
                 *whole, rest = (rest + data).split(b"\n")
@@ -166,7 +168,8 @@ def _initramfs(work: Path, busybox: Path, programs: list[Path], script: str) -> 
 
 def _memory_dir(mem: str) -> str:
     """UML keeps guest memory in a file: one on a tmpfs spares the disk."""
-    size = int(mem[:-1]) << {"K": 10, "M": 20, "G": 30}[mem[-1]]
+    # as much as guests on all CPUs may come to use, which they don't do at once
+    size = len(CPUS) * int(mem[:-1]) << {"K": 10, "M": 20, "G": 30}[mem[-1]]
     for place in ("/dev/shm", str(cache_dir())):
         # it is executed, too
         if os.access(place, os.W_OK) and shutil.disk_usage(place).free > size \
