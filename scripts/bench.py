@@ -192,8 +192,8 @@ def guest_rows(built: Kernel, rows: Rows, disks: list[Path], plan: Path, rounds:
         raise Failure(why[0] if why else str(failure)) from None
     got = sum("seconds" in row and row["round"] > 0 for row in rows[before:])
     if got != passes * rounds:
-        raise Failure(f"{passes * rounds} passes were asked for, {got} of them measured: try again, "
-                      "and make check if it stays so")
+        raise Failure(f"{passes * rounds} passes were asked for, {got} of them measured: "
+                      "try again, and make check if it stays so")
 
 
 def count(names: list[str], sizes: list[str], columns: list[str], rounds: int,
