@@ -1108,9 +1108,11 @@ public:
 				       static_cast<off_t>(at)));
 			at += kStep;
 		};
-		// it is being read ahead then, which ends before the device is suspended
+		// it is being read ahead then, which has to end before the device is suspended: the
+		// loop device may not even have begun
 		while (at < kStart + kMiB / 2)
 			read();
+		eventually("reads ahead that are over", [&] { return !reads_in_flight(loop); });
 		Suspended held(device_);
 		const auto before = bytes_read(device);
 		// more is read when half of it has been used
@@ -1531,6 +1533,16 @@ private:
 				if (line.find(flag) != line.npos)
 					throw Error(kAllocations, 0, "no I/O to get memory", line);
 		return all.size();
+	}
+
+	static size_t reads_in_flight(const Loop &loop)
+	{
+		const auto path = "/sys/block" / fs::path(loop.node()).filename() / "inflight";
+		std::ifstream in(path);
+		size_t reads;
+		if (!(in >> reads))
+			throw Error(path.string(), 0, "a number of reads", "none");
+		return reads;
 	}
 
 	// Of all open files.
