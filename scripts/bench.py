@@ -167,11 +167,7 @@ def guest_rows(built: Kernel, rows: Rows, disks: list[Path], plan: Path, rounds:
     progress = bar(passes * rounds, "passes")
 
     def on_line(line: str, _: vehicle.Guest) -> None:
-        if line.startswith("@json "):
-            try:
-                row = json.loads(line.removeprefix("@json "))
-            except json.JSONDecodeError:
-                raise Failure(f"the guest ended in the middle of a result: {line}") from None
+        if row := vehicle.result(line):
             if "kernel" in row:
                 row["kernel"] += f", BASE={built.base}"
             rows.append(row)

@@ -46,13 +46,10 @@ def measure(built: Kernel, image: Image, tools: list[Path]) -> dict[str, Any]:
         if line == "@cpu":
             marks.append(guest.cpu_seconds())
             return "noted"
-        if line.startswith("@json "):
-            try:
-                rows.append(json.loads(line.removeprefix("@json ")))
-            except json.JSONDecodeError:
-                raise Failure(f"the guest ended in the middle of a result: {line}") from None
-            if "pass" in rows[-1]:
-                rows[-1]["cpu"] = marks[-1] - marks[-2]
+        if row := vehicle.result(line):
+            rows.append(row)
+            if "pass" in row:
+                row["cpu"] = marks[-1] - marks[-2]
         elif re.search(r"\] erofs .*: ", line) and "mounted with root" not in line:
             trouble.append(line)
         return None

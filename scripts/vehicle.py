@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Boots a kernel, in User Mode Linux or QEMU, and runs a shell script in it."""
 import contextlib
+import json
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import apt
 from images import pack
@@ -121,6 +123,16 @@ class Guest:
 
 
 OnLine = Callable[[str, Guest], str | None]
+
+
+def result(line: str) -> dict[str, Any] | None:
+    """What a program in the guest has printed for a script, if the line is that."""
+    if not line.startswith("@json "):
+        return None
+    try:
+        return json.loads(line.removeprefix("@json "))
+    except json.JSONDecodeError:
+        raise Failure(f"the guest ended in the middle of a result: {line}") from None
 
 
 def stop() -> None:

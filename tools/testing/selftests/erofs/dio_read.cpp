@@ -614,6 +614,20 @@ public:
 		return {};
 	}
 
+	void replay(const std::string &spec)
+	{
+		const auto call = parse_call(spec, arena_.bytes().size());
+		const auto found = std::ranges::find(targets_, call.file, &Target::name);
+		if (found == targets_.end())
+			throw Error("--replay", 0, "a file of the image", call.file);
+		check(*found, call);
+	}
+
+	void refill() { judge_.refill(arena_.bytes()); }
+
+	size_t reads() const { return reads_; }
+
+private:
 	// How often a file cannot be read.
 	size_t damage_of(const Target &target, size_t step, bool queued)
 	{
@@ -666,20 +680,6 @@ public:
 		return queue.wait().result;
 	}
 
-	void replay(const std::string &spec)
-	{
-		const auto call = parse_call(spec, arena_.bytes().size());
-		const auto found = std::ranges::find(targets_, call.file, &Target::name);
-		if (found == targets_.end())
-			throw Error("--replay", 0, "a file of the image", call.file);
-		check(*found, call);
-	}
-
-	void refill() { judge_.refill(arena_.bytes()); }
-
-	size_t reads() const { return reads_; }
-
-private:
 	// Why what is read through the page cache stays there.
 	static Result keeps_what_it_reads()
 	{
