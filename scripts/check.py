@@ -304,17 +304,17 @@ def caller_job() -> Job:
 def device_job() -> Job:
     """The second image is tried in a file, the others have devices of their own."""
     known = {image.name: image for image, _ in forged_images()}
-    plain, small, spread, fine = (known[name] for name in ("plain-4096", "plain-1024", "devices",
-                                                           "plain-devices"))
+    plain, small, spread, fine, far = (known[name] for name in (
+        "plain-4096", "plain-1024", "devices", "plain-devices", "far"))
     return Job("block-devices", "mke2fs -b 4096 /dev/ram0 16384 > /dev/null\nmkdir /tmp/ext2\n"
                "mount -t ext2 /dev/ram0 /tmp/ext2\n"
                "cat $DISK_A > /tmp/ext2/plain\ncat $DISK_B > /tmp/ext2/small\n"
                "umount /tmp/ext2\n"
                "dio_devices --plain $DISK_A --spread $DISK_C --extra $DISK_D $DISK_E "
-               "--fine $DISK_F --fine-extra $DISK_G "
+               "--fine $DISK_F --fine-extra $DISK_G --far $DISK_H --far-extra $DISK_I "
                f"--scratch /dev/ram0 --mount /mnt --name block-devices {FAILED}", vehicles=BOTH,
                disks=(plain.path, small.path, spread.path, *spread.devices, fine.path,
-                      *fine.devices), since=(6, 15))
+                      *fine.devices, far.path, *far.devices), since=(6, 15))
 
 
 def console_job(settings: Settings) -> Job:

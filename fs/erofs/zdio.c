@@ -8,9 +8,9 @@
  *
  * A direct read owns its pclusters: they are read into private pages and never
  * show up in managed_pslots, so no buffered reader can join them.  Destination
- * pages may be mapped by user space and change at any time.  Nothing is ever
- * read back from them but matches, which decoders copy from what they wrote:
- * a racing writer spoils its own buffer that way and nothing else, since
+ * pages may be mapped by user space and change at any time.  Nothing but content
+ * is ever read back from them (matches, literals and checksums of Zstandard): a
+ * racing writer spoils its own buffer or read that way and nothing else, since
  * lengths and offsets only come from the (private) compressed data.
  */
 #include "compress.h"
@@ -103,7 +103,7 @@ struct z_erofs_dio_keep {
 	spinlock_t lock;		/* of the two below */
 	bool turns;			/* the owner is asynchronous */
 	struct list_head waiting;	/* .. and these are next */
-	loff_t came;			/* where their last request to come ends */
+	loff_t came;			/* where the last ends: a guess */
 	/* changed by the owner, and under z_erofs_dio_kept_lock */
 	struct list_head lru;
 	unsigned int nr;		/* pages that are accounted for */

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <set>
+#include <thread>
 
 #include <CLI/CLI.hpp>
 
@@ -30,7 +31,7 @@ constexpr size_t kArena = 8 * kMiB;
 constexpr size_t kSector = 512, kLarge = 4096;
 
 struct Options {
-	std::string plain, spread, fine, fine_extra, mount, scratch;
+	std::string plain, spread, fine, fine_extra, far, far_extra, mount, scratch;
 	std::vector<fs::path> extra;
 };
 
@@ -164,6 +165,33 @@ public:
 			return "the kernel knows no fsoffset";
 		}
 		read_all(*volume, kSector);
+		return {};
+	}
+
+	// Whoever looks up a fragment stores where it is: nobody may see a half of that.
+	Result fragment_looked_up_by_others()
+	{
+		constexpr size_t kReads = 20000;
+		if (std::thread::hardware_concurrency() < 2)
+			return "there is one CPU";
+		const Volume volume(erofs::Image(options_.far, {options_.far_extra}), options_.far,
+				    options_.mount, "device=" + options_.far_extra);
+		const auto &target = volume.file("fragment");
+		const std::jthread other([&](const std::stop_token &ended) {
+			while (!ended.stop_requested())
+				extents(target.fd);
+		});
+		const auto memory = arena_.bytes().first(kPage);
+		const auto last = (target.size() - 1) / kPage * kPage;
+		for (size_t i = 0; i < kReads; ++i) {
+			const auto got = ::pread(target.fd, memory.data(), memory.size(),
+						 static_cast<off_t>(last));
+			if (got != static_cast<ssize_t>(target.size() - last))
+				throw Error(target.path.string(), static_cast<off_t>(last),
+					    std::to_string(target.size() - last) + " bytes",
+					    got < 0 ? errno_text(errno) : std::to_string(got));
+			expect_bytes(target.path, last, target.expect(last, kPage), memory);
+		}
 		return {};
 	}
 
@@ -383,6 +411,9 @@ int main(int argc, char **argv)
 	app.add_option("--fine", options.fine, "one with blocks of 512 bytes and an extra device")
 		->required();
 	app.add_option("--fine-extra", options.fine_extra, "this device")->required();
+	app.add_option("--far", options.far, "one with a fragment behind 4 GiB and an extra device")
+		->required();
+	app.add_option("--far-extra", options.far_extra, "this device")->required();
 	app.add_option(
 		   "--scratch", options.scratch,
 		   "one with an ext2 that has copies of --plain and, with smaller blocks, small")
@@ -409,6 +440,8 @@ int main(int argc, char **argv)
 				 [&] { return tester.little_read_in_vain(); }},
 				{"image_behind_something",
 				 [&] { return tester.image_behind_something(); }},
+				{"fragment_looked_up_by_others",
+				 [&] { return tester.fragment_looked_up_by_others(); }},
 				{"failing_device", [&] { return tester.failing_device(); }}})
 			       ? 0
 			       : 1;

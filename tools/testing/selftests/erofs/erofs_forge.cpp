@@ -597,18 +597,23 @@ std::vector<Image> images()
 		 .unknown_to_fsck = kDevicesUnknown});
 
 	// Addresses that take more than 32 bits of blocks, and of bytes.
-	all.push_back({.name = "far",
-		       .since = {6, 15},
-		       .files = {{"ext16", ext16,
-				  times(40, {lz4(30000).on(1), zstd(9000), plain(4000).on(1)})},
-				 {"ext32", ext32,
-				  times(40, {lz4(777).on(1).after(9), lz4(65536), plain(1).on(1)})},
-				 {"near", full, {lz4(100000)}},
-				 {"plain", ext16,
-				  times(9, {plain(kBlock).in_block().on(1),
-					    plain(9 * kBlock).in_block().on(1)})}},
-		       .devices = {(uint64_t{1} << 32) + 12345},
-		       .unknown_to_fsck = kDevicesUnknown});
+	constexpr auto kFar = size_t{1} << 32;
+	all.push_back(
+		{.name = "far",
+		 .since = {6, 15},
+		 .files = {{"ext16", ext16,
+			    times(40, {lz4(30000).on(1), zstd(9000), plain(4000).on(1)})},
+			   {"ext32", ext32,
+			    times(40, {lz4(777).on(1).after(9), lz4(65536), plain(1).on(1)})},
+			   {"near", full, {lz4(100000)}},
+			   {"plain", ext16,
+			    times(9, {plain(kBlock).in_block().on(1),
+				      plain(9 * kBlock).in_block().on(1)})},
+			   {"fragment", ext32, {lz4(5000), fragment(kFar + 17, 70000)}}},
+		 .packed =
+			 File{"(packed)", ext32, {lz4(100000), hole(kFar - 100000), zstd(100000)}},
+		 .devices = {(uint64_t{1} << 32) + 12345},
+		 .unknown_to_fsck = kDevicesUnknown});
 
 	for (const auto layout : {flat, compact, full})
 		all.push_back({.name = std::string("metabox-") + (layout == flat      ? "flat"

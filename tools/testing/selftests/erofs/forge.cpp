@@ -378,29 +378,43 @@ private:
 					  std::to_string(cluster.extent.device));
 			node.size += cluster.extent.length;
 			Author author(image_.name + '/' + file.name + '/' + std::to_string(i));
-			if (cluster.is(Kind::hole))
+			if (cluster.is(Kind::hole) && !packed(node))
 				cluster.content.resize(cluster.extent.length);
 			else if (cluster.is(Kind::fragment))
 				cluster.content = fragment(node, i);
-			else if (!cluster.is(Kind::shared))
+			else if (!cluster.is(Kind::shared) && !cluster.is(Kind::hole))
 				cluster.content = invent(cluster, author);
 			store(node, i);
 		}
 		return node;
 	}
 
+	bool packed(const Node &node) const
+	{
+		return image_.packed && node.file == &*image_.packed;
+	}
+
+	// Holes of the packed inode, which may be larger than memory, have no content here.
 	Bytes fragment(const Node &node, size_t index) const
 	{
-		Bytes all;
-		if (nodes_.empty() || nodes_[0].file != &*image_.packed)
+		if (nodes_.empty() || !packed(nodes_[0]))
 			node.fail(index, "a packed inode", "none");
-		for (const auto &cluster : nodes_[0].clusters)
-			append(all, cluster.content);
 		const auto &extent = node.clusters[index].extent;
-		if (extent.from + extent.length > all.size())
+		const auto end = extent.from + extent.length;
+		if (end > nodes_[0].size)
 			node.fail(index, "a part of the packed inode", std::to_string(extent.from));
-		const auto first = all.begin() + static_cast<ptrdiff_t>(extent.from);
-		return {first, first + static_cast<ptrdiff_t>(extent.length)};
+		Bytes all(extent.length);
+		for (const auto &cluster : nodes_[0].clusters) {
+			const auto from = std::max<uint64_t>(extent.from, cluster.start);
+			const auto to =
+				std::min<uint64_t>(end, cluster.start + cluster.content.size());
+			if (from < to)
+				std::ranges::copy(
+					View(cluster.content)
+						.subspan(from - cluster.start, to - from),
+					all.begin() + static_cast<ptrdiff_t>(from - extent.from));
+		}
+		return all;
 	}
 
 	void store(Node &node, size_t index)
@@ -961,7 +975,7 @@ private:
 			throw Error("root", 0, "a number of 16 bits", std::to_string(nid));
 		std::vector<Entry> entries{{".", nid, 2}, {"..", nid, 2}};
 		for (const auto &node : nodes_)
-			if (!image_.packed || node.file != &*image_.packed)
+			if (!packed(node))
 				entries.push_back({node.file->name, node.nid, 1});
 		std::ranges::sort(entries, {}, &Entry::name);
 		Bytes data;
@@ -1150,7 +1164,7 @@ private:
 		const auto files = directory / "files";
 		fs::create_directories(files);
 		for (const auto &node : nodes_) {
-			if (image_.packed && node.file == &*image_.packed)
+			if (packed(node))
 				continue;
 			std::vector<Bytes> parts;
 			for (const auto &cluster : node.clusters)
