@@ -1524,7 +1524,7 @@ private:
 		body();
 		auto all = EventTrace::lines(" mm_page_alloc: ");
 		std::erase_if(all, [](const auto &line) {
-			return line.find("__GFP_ACCOUNT") != line.npos ||
+			return line.find("_ACCOUNT") != line.npos ||
 			       (line.find(" order=0 ") != line.npos &&
 				line.find("__GFP_COMP") != line.npos);
 		});
